@@ -16,6 +16,7 @@
 
 use std::{future::Future, io, net::SocketAddr};
 
+use tacit_core::spiffe::TrustDomain;
 use tacit_identity::root::EmbeddedRootError;
 use tacit_kernel::{KernelError, VerifierLog, probe};
 use tacit_sources::{file::LoadError, kubernetes::KubernetesError};
@@ -162,6 +163,18 @@ pub enum AppError {
     /// The API that has the authority's roots cannot be used at all.
     #[error("issuer.istio.rootConfigMap: {0}")]
     RootConfigMap(#[source] KubernetesError),
+    /// The revocation lists could not be read. Nobody's certificate is taken without them.
+    #[error("crl.file: {0}")]
+    RevocationLists(#[source] LoadError),
+    /// The roots of a federated trust domain could not be read.
+    #[error("federation: rootFile of {trust_domain}: {source}")]
+    FederatedRoots {
+        /// The trust domain.
+        trust_domain: TrustDomain,
+        /// The error.
+        #[source]
+        source: LoadError,
+    },
     /// The issuer could not be opened.
     #[error("issuer: {0}")]
     Issuer(#[from] EmbeddedRootError),

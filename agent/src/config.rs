@@ -31,14 +31,20 @@ use tacit_sources::{
 
 mod clear;
 mod cni;
+mod crl;
 mod issuer;
 mod kubernetes;
+mod trust;
 
 use crate::cni::CniConfig;
 use clear::clear_destination;
+pub use crl::CrlConfig;
+pub use trust::FederationConfig;
 
-const FIELDS: [&str; 24] = [
+const FIELDS: [&str; 27] = [
     "trustDomain",
+    "trustDomainAliases",
+    "federation",
     "node",
     "podsCgroup",
     "meshRanges",
@@ -48,6 +54,7 @@ const FIELDS: [&str; 24] = [
     "rootNamespace",
     "minimumMode",
     "issuer",
+    "crl",
     "pinPath",
     "statePath",
     "socket",
@@ -113,6 +120,10 @@ const SOCKET_MAX_BYTES: usize = 107;
 pub struct Config {
     /// Root under which identities are compared.
     pub trust_domain: TrustDomain,
+    /// Other names of the own trust domain, at most 64.
+    pub trust_domain_aliases: Vec<TrustDomain>,
+    /// Trust domains with roots of their own, at most 64.
+    pub federation: Vec<FederationConfig>,
     /// This node's name, as the directory writes it.
     pub node: Arc<str>,
     /// The cgroup v2 directory that holds all pods of the node. It is searched for if there is none here.
@@ -132,6 +143,8 @@ pub struct Config {
     pub minimum_mode: Mode,
     /// Issuer of certificates.
     pub issuer: IssuerConfig,
+    /// Revocation lists for the certificates of peers. Without them none is taken for revoked.
+    pub crl: Option<CrlConfig>,
     /// Folder on a bpffs where programs, maps and links are pinned.
     pub pin_path: PathBuf,
     /// Folder of the operator in which the agent makes a private one, for its start after a reboot.
@@ -228,6 +241,10 @@ impl Config {
         let f = &mut root.fields(&FIELDS)?;
         let trust_domain = f.required("trustDomain", "the SPIFFE trust domain, such as cluster.local");
         let trust_domain = trust_domain.and_then(|value| value.parse(TrustDomain::parse));
+        let own = trust_domain.as_ref();
+        let aliases = f.or("trustDomainAliases", Vec::new(), |value| trust::aliases(value, own));
+        let named = (own, aliases.as_deref().unwrap_or_default());
+        let federation = f.or("federation", Vec::new(), |value| trust::federation(value, named, folder));
         let node = self::node(f, root, node_name);
         let pods_cgroup = f.or("podsCgroup", None, |v| absolute(v).map(Some));
         let mesh_ranges = mesh_ranges(f, root);
@@ -236,6 +253,7 @@ impl Config {
         let policy = source(f, "policy", folder, kubernetes::policy);
         let issuer = f.required("issuer", "{embedded: {directory: issuer}}");
         let issuer = issuer.and_then(|value| issuer::decode(&value, folder));
+        let crl = f.or("crl", None, |value| crl::decode(value, folder).map(Some));
         let root_namespace = f.or("rootNamespace", ROOT_NAMESPACE.into(), |v| v.name().map(Arc::from));
         let minimum_mode = f.or("minimumMode", MINIMUM_MODES[0].1, |v| v.choice(&MINIMUM_MODES));
         let state_path: Option<PathBuf> = f.or("statePath", STATE_PATH.into(), absolute);
@@ -257,6 +275,8 @@ impl Config {
         let workers = f.or("workers", None, |v| v.parse(workers).map(Some));
         let busy_poll_us = f.or("busyPollMicroseconds", BUSY_POLL_DEFAULT_US, |v| v.parse(busy_poll_us));
         Some(Self {
+            trust_domain_aliases: aliases?,
+            federation: federation?,
             trust_domain: trust_domain?,
             node: node?,
             pods_cgroup: pods_cgroup?,
@@ -267,6 +287,7 @@ impl Config {
             root_namespace: root_namespace?,
             minimum_mode: minimum_mode?,
             issuer: issuer?,
+            crl: crl?,
             pin_path: pin_path?,
             state_path: state_path?,
             socket: socket?,

@@ -7,8 +7,14 @@ use std::{
     time::Duration,
 };
 
-use tacit_core::{directory::Directory, policy::Policies, spiffe::SpiffeId};
-use tacit_identity::{credentials::Credentials, manager::Identities};
+use tacit_core::{
+    directory::Directory,
+    policy::Policies,
+    spiffe::{SpiffeId, TrustDomain},
+};
+use tacit_identity::{
+    credentials::Credentials, manager::Identities, peer_trust::DomainRoots, revocation::RevocationLists,
+};
 use tacit_sources::reload::Watched;
 use tokio::time::timeout;
 
@@ -25,6 +31,18 @@ pub struct Snapshots {
     pub mesh: Arc<Mesh>,
     /// Certificates of the node's workloads.
     pub identities: Arc<Identities>,
+    /// Revocation lists, if they are configured.
+    pub revocation: Option<Arc<Watched<RevocationLists>>>,
+    /// Federated trust domains.
+    pub federation: Arc<[FederatedRoots]>,
+}
+
+/// The roots of a federated trust domain.
+pub struct FederatedRoots {
+    /// The trust domain.
+    pub trust_domain: TrustDomain,
+    /// Its roots.
+    pub roots: Watched<DomainRoots>,
 }
 
 impl Snapshots {

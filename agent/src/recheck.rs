@@ -4,6 +4,7 @@
 //! ```text
 //! policy of a pod changed ─────────> all checks of the pod ──┐
 //! directory or policies changed ───> checks of plaintext ────┤ queue of pods, in turn
+//! trust in peers changed ──────────> checks of tunnels ──────┤
 //!                                                            └──> 1 ms of checks, the next pod ... ──> denied: the flow ends
 //! ```
 //! The pods take turns, so that one with many flows or expensive policies does not delay the others' flows.
@@ -36,10 +37,12 @@ type Check = Box<dyn Fn() -> Option<Refusal> + Send + Sync>;
 /// The state that a check reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Depends {
-    /// The policy of the pod.
+    /// The policy of the pod, and for a tunnel the trust in the peer.
     OnPolicy,
     /// The policy of the pod, the directory, and the policies of the mesh.
     OnDirectory,
+    /// The trust in the peer alone: revocation lists, and the roots of federated domains.
+    OnTrust,
 }
 
 /// The checks of a pod, by the id of its cgroup.
@@ -155,6 +158,15 @@ impl Rechecks {
         let mut table = self.lock();
         let keys: Vec<Key> =
             table.lists.keys().filter(|(_, depends)| *depends == Depends::OnDirectory).copied().collect();
+        keys.into_iter().for_each(|key| table.begin_round(key));
+        self.changed.notify_one();
+    }
+
+    /// Has the flows checked that depend on the certificates of a peer.
+    pub fn trust_changed(&self) {
+        let mut table = self.lock();
+        let keys: Vec<Key> =
+            table.lists.keys().filter(|(_, depends)| *depends != Depends::OnDirectory).copied().collect();
         keys.into_iter().for_each(|key| table.begin_round(key));
         self.changed.notify_one();
     }

@@ -5,6 +5,7 @@
 //! | `mesh` | [`Mesh`]: a topology, its pods, its agents (or none, in a control run) |
 //! | `peer` | [`Server`], [`Client`]: `tacit-peer` in a pod, and its events |
 //! | `observe` | metrics, status and log of an agent |
+//! | `crl` | revocation lists of the mesh's root |
 //! | `api` | an API server of Kubernetes |
 //! | `cni` | CNI folders of a node, and calls of the agent's plugin |
 //! | `redirect` | rules of a pod that translate addresses |
@@ -21,6 +22,7 @@
 
 pub mod api;
 pub mod cni;
+pub mod crl;
 mod mesh;
 pub mod observe;
 mod peer;

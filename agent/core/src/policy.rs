@@ -32,7 +32,7 @@ use crate::{
     directory::Workload,
     refusal::RefusalReason,
     shares::{Capacity, POLICIES, POLICY_BYTES, POLICY_LOOKUPS, Share, ShareUse},
-    spiffe::SpiffeId,
+    spiffe::{SpiffeId, TrustDomain},
     yaml::Mistakes,
 };
 
@@ -92,6 +92,8 @@ pub struct Policies {
     not_applied: BTreeMap<Arc<str>, Arc<str>>,
     /// No policy sets a mode below this one.
     minimum: ModeSetting,
+    /// Other names of the mesh's own trust domain.
+    aliases: Arc<[TrustDomain]>,
 }
 
 impl Default for Policies {
@@ -151,6 +153,7 @@ impl Policies {
             namespaces: CowMap::default(),
             not_applied: BTreeMap::new(),
             minimum: ModeSetting::Inherit,
+            aliases: Arc::default(),
         }
     }
 
@@ -173,6 +176,12 @@ impl Policies {
     #[must_use]
     pub fn with_minimum(self, minimum: Mode) -> Self {
         Self { minimum: ModeSetting::Set(minimum), ..self }
+    }
+
+    /// The same policies, in which other names of the mesh's own trust domain stand for it.
+    #[must_use]
+    pub fn with_aliases(self, aliases: Arc<[TrustDomain]>) -> Self {
+        Self { aliases, ..self }
     }
 
     /// Replaces the policies of a namespace, oldest first. If they exceed the namespace's share they are not applied.
@@ -271,7 +280,7 @@ impl Policies {
         let own = if is_root { None } else { self.own(&workload.namespace) };
         let parts = std::iter::once(&self.root).chain(own);
         let selecting = parts.flat_map(|part| part.authorizing(workload));
-        Authorization::new(selecting.map(Arc::clone).collect())
+        Authorization::new(selecting.map(Arc::clone).collect(), Arc::clone(&self.aliases))
     }
 
     /// The mode of the mesh: what holds where nothing narrower does.
@@ -322,8 +331,10 @@ impl Policies {
 /// The way by which a flow arrived, with the identity that its source proved. It does not change while the flow is open.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FlowSource {
-    /// Through a tunnel, from the identity in the peer's certificate.
+    /// Through a tunnel, from the identity in the peer's certificate. It is of the mesh's own trust domain.
     Tunnel(SpiffeId),
+    /// Through a tunnel, from an identity of a federated trust domain.
+    Federated(SpiffeId),
     /// From an enrolled pod of this node, handed over inside the agent; the identity is the directory's for
     /// the pod's cgroup.
     SameNode(SpiffeId),
@@ -336,7 +347,7 @@ impl FlowSource {
     #[must_use]
     pub fn identity(&self) -> Option<&SpiffeId> {
         match self {
-            Self::Tunnel(identity) | Self::SameNode(identity) => Some(identity),
+            Self::Tunnel(identity) | Self::Federated(identity) | Self::SameNode(identity) => Some(identity),
             Self::Plaintext => None,
         }
     }
@@ -400,14 +411,14 @@ impl fmt::Display for PolicyDenial<'_> {
 ///
 /// | source | Disable | Permissive | Strict |
 /// |---|---|---|---|
-/// | Tunnel, SameNode (authenticated) | policies | policies | policies |
+/// | Tunnel, Federated, SameNode (authenticated) | policies | policies | policies |
 /// | Plaintext | policies | policies | deny |
 #[must_use]
 pub fn decide<'p>(modes: &Modes, authorization: &'p Authorization, flow: &Flow) -> PolicyVerdict<'p> {
     match (&flow.source, modes.at(flow.destination.port())) {
         (FlowSource::Plaintext, Mode::Strict) => return PolicyVerdict::Deny(PolicyDenial::PlaintextInStrict),
         (FlowSource::Plaintext, Mode::Disable | Mode::Permissive)
-        | (FlowSource::Tunnel(_) | FlowSource::SameNode(_), _) => {}
+        | (FlowSource::Tunnel(_) | FlowSource::Federated(_) | FlowSource::SameNode(_), _) => {}
     }
     match authorization.evaluate(flow) {
         AuthorizationDecision::Unrestricted | AuthorizationDecision::Allowed(_) => PolicyVerdict::Allow,

@@ -112,6 +112,8 @@ reasons! {
     OtherTrustDomain, "other_trust_domain", Other, "The peer is of another trust domain.";
     Expired, "expired", Other, "The peer's certificate has expired.";
     NotYetValid, "not_yet_valid", Other, "The peer's certificate is not valid yet.";
+    CertificateRevoked, "certificate_revoked", Other, "A certificate of the peer's chain is revoked.";
+    RevocationUnknown, "revocation_unknown", Other, "No current revocation list of an issuer in the peer's chain.";
     UnknownIssuer, "unknown_issuer", Other, "The peer's certificate chains to no known root.";
     UriNames, "uri_names", Other, "The peer's certificate does not have exactly one URI.";
     NotAnIdentity, "not_an_identity", Other, "The URI in the peer's certificate is not a SPIFFE ID.";

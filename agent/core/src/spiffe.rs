@@ -116,6 +116,12 @@ impl SpiffeId {
         Self::new(&TrustDomain::parse(domain)?, namespace, account)
     }
 
+    /// Returns the same service account in another trust domain.
+    #[must_use]
+    pub fn in_domain(&self, trust_domain: &TrustDomain) -> Self {
+        Self { trust_domain: trust_domain.clone(), ..self.clone() }
+    }
+
     /// The trust domain it belongs to.
     #[must_use]
     pub fn trust_domain(&self) -> &TrustDomain {

@@ -13,10 +13,10 @@ use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use tacit_core::spiffe::{IdentityError, SpiffeId};
 use webpki::EndEntityCert;
 
-const INTEGER: u8 = 0x02;
+pub(crate) const INTEGER: u8 = 0x02;
 const UTC_TIME: u8 = 0x17;
 const GENERALIZED_TIME: u8 = 0x18;
-const SEQUENCE: u8 = 0x30;
+pub(crate) const SEQUENCE: u8 = 0x30;
 /// `[0] EXPLICIT` around the version.
 const VERSION: u8 = 0xa0;
 
@@ -142,7 +142,7 @@ fn read_validity(der: &[u8]) -> Option<Validity> {
 }
 
 /// The content of the DER element at the head of `input`, which must have `tag`, and what follows it.
-fn element(input: &[u8], tag: u8) -> Option<(&[u8], &[u8])> {
+pub(crate) fn element(input: &[u8], tag: u8) -> Option<(&[u8], &[u8])> {
     let (&[found, first], rest) = input.split_first_chunk::<2>()?;
     let (length, rest) = match first {
         0..=0x7f => (usize::from(first), rest),
@@ -154,14 +154,18 @@ fn element(input: &[u8], tag: u8) -> Option<(&[u8], &[u8])> {
             let (length, rest) = rest.split_first_chunk::<2>()?;
             (usize::from(u16::from_be_bytes(*length)), rest)
         }
-        // webpki reads certificates up to 64 KiB.
+        0x83 => {
+            let (&[high, middle, low], rest) = rest.split_first_chunk::<3>()?;
+            (usize::try_from(u32::from_be_bytes([0, high, middle, low])).ok()?, rest)
+        }
+        // webpki reads certificates up to 64 KiB, and files of revocation lists are smaller than 16 MiB.
         _ => return None,
     };
     if found == tag { rest.split_at_checked(length) } else { None }
 }
 
 /// A time of RFC 5280 section 4.1.2.5: always UTC, always with seconds.
-fn time(input: &[u8]) -> Option<(SystemTime, &[u8])> {
+pub(crate) fn time(input: &[u8]) -> Option<(SystemTime, &[u8])> {
     if let Some((text, rest)) = element(input, UTC_TIME) {
         let year = number(text, 0..=1)?;
         let year = if year < 50 { 2000 + year } else { 1900 + year };

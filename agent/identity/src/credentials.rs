@@ -19,7 +19,10 @@ use rustls::{
 };
 use tacit_core::spiffe::SpiffeId;
 
-use super::certificate::{self, CertificateError};
+use super::{
+    certificate::{self, CertificateError},
+    peer_trust::PeerTrust,
+};
 
 /// Servers whose configurations are kept; some 500 bytes each. They are all made again when there are more.
 const SERVERS_MAX: usize = 1024;
@@ -47,6 +50,8 @@ pub struct Credentials {
     pub identity: SpiffeId,
     /// Roots to which a peer's chain must lead; never empty.
     pub roots: Arc<RootCertStore>,
+    /// What peers are held to beside these roots.
+    pub trust: Arc<PeerTrust>,
     /// First moment of validity; backdated, see `issuer`.
     pub not_before: SystemTime,
     /// Last moment of validity.
@@ -81,6 +86,7 @@ impl Credentials {
         Ok(Self {
             identity,
             roots,
+            trust: Arc::default(),
             not_before: validity.not_before,
             not_after: validity.not_after,
             serial: serial.into(),
@@ -89,6 +95,12 @@ impl Credentials {
             clients: Mutex::default(),
             server: OnceLock::new(),
         })
+    }
+
+    /// Returns the same credentials, with which peers are held to `trust`. Before any configuration is made of them.
+    #[must_use]
+    pub fn with_trust(self, trust: Arc<PeerTrust>) -> Self {
+        Self { trust, ..self }
     }
 
     /// The certificate chain, own certificate first.

@@ -284,7 +284,7 @@ async fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, IstioError> {
     read.map_err(|source| IstioError::File { what, path: path.to_owned(), source })
 }
 
-fn store(certificates: Vec<CertificateDer<'static>>) -> Result<RootCertStore, String> {
+pub(crate) fn store(certificates: Vec<CertificateDer<'static>>) -> Result<RootCertStore, String> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates {
         roots.add(certificate).map_err(|e| format!("a certificate in it is no root: {e}"))?;

@@ -8,6 +8,8 @@
 //! | `template` | the template of a leaf certificate, serial numbers |
 //! | `istio` | a client of Istio's CA API: Tacit's authority, istiod, istio-csr |
 //! | `manager` | keeps the credentials of every workload of the node current |
+//! | `peer_trust` | the peers that are trusted beside the roots of the credentials |
+//! | `revocation` | revocation lists, and the certificates of a peer that they may name |
 //! | `atomic_file` | small files that are written whole or not at all |
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
@@ -18,5 +20,7 @@ pub mod credentials;
 pub mod issuer;
 pub mod istio;
 pub mod manager;
+pub mod peer_trust;
+pub mod revocation;
 pub mod root;
 pub mod template;

@@ -25,6 +25,7 @@ use tracing::{error, info, warn};
 use super::{
     credentials::Credentials,
     issuer::{IssueError, Issuer},
+    peer_trust::PeerTrust,
 };
 
 /// One attempt to get a certificate takes this long at most.
@@ -36,6 +37,8 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 #[derive(Clone)]
 pub struct Identities {
     issuer: Arc<Issuer>,
+    /// What all their peers are held to.
+    trust: Arc<PeerTrust>,
     slots: Arc<Slots>,
     /// Told after each attempt.
     changes: watch::Sender<()>,
@@ -61,10 +64,22 @@ pub struct CertificateState {
 }
 
 impl Identities {
-    /// Starts with no identity; they come by [`Identities::ready`].
+    /// Starts with no identity; they come by [`Identities::ready`]. Peers are held to the roots alone.
     #[must_use]
     pub fn start(issuer: Issuer) -> Self {
-        Self { issuer: Arc::new(issuer), slots: Arc::default(), changes: watch::Sender::new(()) }
+        Self::trusting(issuer, Arc::default())
+    }
+
+    /// As [`Identities::start`], with what peers are held to beside the roots.
+    #[must_use]
+    pub fn trusting(issuer: Issuer, trust: Arc<PeerTrust>) -> Self {
+        Self { issuer: Arc::new(issuer), trust, slots: Arc::default(), changes: watch::Sender::new(()) }
+    }
+
+    /// Returns what peers are held to beside the roots.
+    #[must_use]
+    pub fn trust(&self) -> &Arc<PeerTrust> {
+        &self.trust
     }
 
     /// Returns the issuer.
@@ -144,7 +159,10 @@ impl Identities {
         }
         let _writer = self.slots.writer();
         let mut map = HashMap::clone(&self.slots.map.load());
-        let start = || Arc::new(Slot::start(identity.clone(), self.issuer.clone(), self.changes.clone()));
+        let start = || {
+            let by = (self.issuer.clone(), self.trust.clone());
+            Arc::new(Slot::start(identity.clone(), by, self.changes.clone()))
+        };
         let slot = map.entry(identity.clone()).or_insert_with(start).clone();
         self.slots.map.store(Arc::new(map));
         slot
@@ -171,9 +189,9 @@ struct Slot {
 }
 
 impl Slot {
-    fn start(identity: SpiffeId, issuer: Arc<Issuer>, changes: watch::Sender<()>) -> Self {
+    fn start(identity: SpiffeId, by: (Arc<Issuer>, Arc<PeerTrust>), changes: watch::Sender<()>) -> Self {
         let shared = Arc::new(Shared::default());
-        let task = tokio::spawn(keep_current(identity, issuer, shared.clone(), changes)).abort_handle();
+        let task = tokio::spawn(keep_current(identity, by, shared.clone(), changes)).abort_handle();
         Self { shared, task }
     }
 }
@@ -251,7 +269,7 @@ impl Shared {
 
 async fn keep_current(
     identity: SpiffeId,
-    issuer: Arc<Issuer>,
+    (issuer, trust): (Arc<Issuer>, Arc<PeerTrust>),
     shared: Arc<Shared>,
     changes: watch::Sender<()>,
 ) {
@@ -272,7 +290,7 @@ async fn keep_current(
         match attempt.unwrap_or(Err(IssueError::Timeout(ISSUE_TIMEOUT))) {
             Ok(credentials) => {
                 info!(%identity, serial = &*credentials.serial, "certificate issued");
-                shared.succeeded(credentials);
+                shared.succeeded(credentials.with_trust(trust.clone()));
             }
             Err(failure) => {
                 if held == "none" {

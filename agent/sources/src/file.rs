@@ -52,6 +52,14 @@ pub enum LoadError {
     /// The file is invalid.
     #[error(transparent)]
     Invalid(#[from] Mistakes),
+    /// The file is invalid, and has no lines that could be named.
+    #[error("{}: {problem}", path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
 }
 
 /// Reads `path` and parses its text with `parse`.
@@ -67,6 +75,22 @@ pub fn load<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T, Mistakes>) -> 
 /// # Errors
 /// [`ReadError`] with the path.
 pub(crate) fn read(path: &Path) -> Result<String, ReadError> {
+    text(path, read_bytes(path)?)
+}
+
+/// Returns `content`, which was read from `path`, as text.
+///
+/// # Errors
+/// [`ReadError::NotText`].
+pub(crate) fn text(path: &Path, content: Vec<u8>) -> Result<String, ReadError> {
+    String::from_utf8(content).map_err(|_| ReadError::NotText { path: path.to_owned() })
+}
+
+/// Returns the content of a regular file of at most [`FILE_MAX_BYTES`].
+///
+/// # Errors
+/// [`ReadError`] with the path.
+pub(crate) fn read_bytes(path: &Path) -> Result<Vec<u8>, ReadError> {
     let io = |source| ReadError::Io { path: path.to_owned(), source };
     // Checked before opening, because opening a pipe waits for a writer.
     if !fs::metadata(path).map_err(io)?.is_file() {
@@ -77,7 +101,7 @@ pub(crate) fn read(path: &Path) -> Result<String, ReadError> {
     if bytes.len() as u64 > FILE_MAX_BYTES {
         return Err(ReadError::TooLarge { path: path.to_owned() });
     }
-    String::from_utf8(bytes).map_err(|_| ReadError::NotText { path: path.to_owned() })
+    Ok(bytes)
 }
 
 #[cfg(test)]

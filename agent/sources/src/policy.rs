@@ -13,7 +13,10 @@
 use std::{path::PathBuf, sync::Arc};
 
 use kube::{Client, Config};
-use tacit_core::policy::{Mode, Policies, PolicyKind};
+use tacit_core::{
+    policy::{Mode, Policies, PolicyKind},
+    spiffe::TrustDomain,
+};
 use tokio::sync::{Notify, mpsc};
 
 use crate::{
@@ -41,27 +44,38 @@ pub struct Options {
     pub kubeconfig: Option<PathBuf>,
 }
 
-/// Starts to watch the API. Policies in `root_namespace` apply to the whole mesh. No policy sets a mode below `minimum`.
+/// Settings of the mesh that hold for its policies.
+#[derive(Debug, Clone)]
+pub struct MeshSettings {
+    /// Namespace whose policies apply to the whole mesh.
+    pub root_namespace: Arc<str>,
+    /// No policy sets a mode below this one.
+    pub minimum: Mode,
+    /// Other names of the mesh's own trust domain.
+    pub aliases: Arc<[TrustDomain]>,
+}
+
+impl MeshSettings {
+    /// Returns the policies with these settings.
+    #[must_use]
+    pub fn applied(&self, policies: Policies) -> Policies {
+        policies.with_minimum(self.minimum).with_aliases(self.aliases.clone())
+    }
+}
+
+/// Starts to watch the API.
 ///
 /// # Errors
 /// [`KubernetesError`]. An API that does not answer, or does not serve the resources, is not an error.
-pub async fn open(
-    options: &Options,
-    root_namespace: Arc<str>,
-    minimum: Mode,
-) -> Result<Opening<Policies>, KubernetesError> {
-    start(access(options.kubeconfig.as_deref()).await?, root_namespace, minimum)
+pub async fn open(options: &Options, settings: MeshSettings) -> Result<Opening<Policies>, KubernetesError> {
+    start(access(options.kubeconfig.as_deref()).await?, settings)
 }
 
-fn start(
-    config: Config,
-    root_namespace: Arc<str>,
-    minimum: Mode,
-) -> Result<Opening<Policies>, KubernetesError> {
+fn start(config: Config, settings: MeshSettings) -> Result<Opening<Policies>, KubernetesError> {
     let (events, refused) = mpsc::channel(events::WAITING_MAX);
     let relists = Relists::default();
-    let store = PolicyStore::new(root_namespace);
-    let source = PolicySource { store, minimum, events, relists: relists.clone() };
+    let store = PolicyStore::new(settings.root_namespace.clone());
+    let source = PolicySource { store, settings, events, relists: relists.clone() };
     kubernetes::start(config, source, |client, news| watch_tasks(client, news, refused, relists))
 }
 
@@ -90,7 +104,7 @@ fn watch_tasks(
 /// The store, and the channel for Events.
 struct PolicySource {
     store: PolicyStore,
-    minimum: Mode,
+    settings: MeshSettings,
     events: mpsc::Sender<InvalidPolicy>,
     relists: Relists,
 }
@@ -125,7 +139,7 @@ impl kubernetes::ObjectStore for PolicySource {
         if self.store.take_needs_list() {
             self.relists.iter().for_each(|relist| relist.notify_one());
         }
-        changed.map(|policies| policies.with_minimum(self.minimum))
+        changed.map(|policies| self.settings.applied(policies))
     }
 
     fn warnings(&mut self) -> Vec<String> {

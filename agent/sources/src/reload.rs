@@ -41,7 +41,7 @@ const SETTLE_READS: usize = 40;
 /// Interval of re-reads without an event.
 const REREAD: Duration = Duration::from_secs(5);
 
-type Parse<T> = dyn Fn(&str) -> Result<T, Mistakes> + Send + Sync;
+type Parse<T> = dyn Fn(Vec<u8>) -> Result<T, LoadError> + Send + Sync;
 
 /// The state of a watched source, for the operator.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,10 +81,33 @@ impl<T: Send + Sync + 'static> Watched<T> {
         parse: impl Fn(&str) -> Result<T, Mistakes> + Send + Sync + 'static,
     ) -> Result<Self, LoadError> {
         let path = path.into();
-        let text = file::read(&path)?;
-        let initial = parse(&text)?;
+        let named = path.clone();
+        Self::open_with(path, move |content| Ok(parse(&file::text(&named, content)?)?))
+    }
+
+    /// As [`Watched::open`], of a file that need not be text. `parse` returns what is wrong with the content.
+    ///
+    /// # Errors
+    /// [`LoadError`] if the first version cannot be read or parsed.
+    pub fn open_content(
+        path: impl Into<PathBuf>,
+        parse: impl Fn(&[u8]) -> Result<T, String> + Send + Sync + 'static,
+    ) -> Result<Self, LoadError> {
+        let path = path.into();
+        let named = path.clone();
+        Self::open_with(path, move |content| {
+            parse(&content).map_err(|problem| LoadError::Content { path: named.clone(), problem })
+        })
+    }
+
+    fn open_with(
+        path: PathBuf,
+        parse: impl Fn(Vec<u8>) -> Result<T, LoadError> + Send + Sync + 'static,
+    ) -> Result<Self, LoadError> {
+        let content = file::read_bytes(&path)?;
         let hasher = RandomState::new();
-        let loaded = digest(&hasher, &Ok(text));
+        let loaded = digest(&hasher, &Ok(content.clone()));
+        let initial = parse(content)?;
         Ok(Self::run(path, initial, Arc::new(parse), (hasher, loaded), REREAD))
     }
 
@@ -143,8 +166,8 @@ impl<T> Watched<T> {
     }
 
     /// Returns a receiver of the state.
-    #[cfg(test)]
-    pub(crate) fn states(&self) -> watch::Receiver<ReloadState> {
+    #[must_use]
+    pub fn states(&self) -> watch::Receiver<ReloadState> {
         self.state.clone()
     }
 }
@@ -189,8 +212,8 @@ impl<T> From<Watched<T>> for Opening<T> {
     }
 }
 
-/// The text of the file, or the error.
-type Content = Result<String, String>;
+/// The content of the file, or the error.
+type Content = Result<Vec<u8>, String>;
 
 fn digest(hasher: &RandomState, content: &Content) -> u64 {
     hasher.hash_one(content)
@@ -264,18 +287,18 @@ impl<T: Send + Sync + 'static> Reader<T> {
 
     async fn check(&mut self, content: Content, digest: u64) {
         self.checked = digest;
-        let text = match content {
+        let content = match content {
             Err(problem) => return self.reject(problem),
             Ok(_) if self.loaded == digest => return self.accept(None),
-            Ok(text) => text,
+            Ok(content) => content,
         };
         let parse = Arc::clone(&self.parse);
-        match task::spawn_blocking(move || parse(&text)).await {
+        match task::spawn_blocking(move || parse(content)).await {
             Ok(Ok(value)) => {
                 self.loaded = digest;
                 self.accept(Some(value));
             }
-            Ok(Err(mistakes)) => self.reject(mistakes.to_string()),
+            Ok(Err(error)) => self.reject(error.to_string()),
             Err(panic) => {
                 self.reject(format!("the parser panicked; this is a bug of Tacit, please report it: {panic}"))
             }
@@ -311,8 +334,8 @@ impl<T: Send + Sync + 'static> Reader<T> {
 
 async fn read(file: &Path) -> Content {
     let file = file.to_owned();
-    match task::spawn_blocking(move || file::read(&file)).await {
-        Ok(text) => text.map_err(|error| error.to_string()),
+    match task::spawn_blocking(move || file::read_bytes(&file)).await {
+        Ok(content) => content.map_err(|error| error.to_string()),
         Err(panic) => Err(format!("reading panicked; this is a bug of Tacit, please report it: {panic}")),
     }
 }

@@ -213,6 +213,7 @@ impl Shown {
             nodes: NodesStatus::default(),
             issuer: IssuerStatus::default(),
             certificates: Vec::new(),
+            revocation_lists: Vec::new(),
             sources: self.sources.iter().map(|(kind, state)| source(*kind, &state.borrow())).collect(),
             flows: FlowsStatus::default(),
             pool: PoolStatus::default(),

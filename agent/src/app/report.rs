@@ -16,7 +16,7 @@ use tacit_core::{
     shares::{SHARES, ShareUse},
     spiffe::TrustDomain,
 };
-use tacit_identity::{issuer::Issuer, istio::Skew, manager::CertificateState};
+use tacit_identity::{issuer::Issuer, istio::Skew, manager::CertificateState, revocation::ListState};
 use tacit_kernel::{
     DropCount, ExceptionCounter, GuardedLink, HookProgram, Kernel, KernelCounter, PlaintextEgress,
     connect_programs, host,
@@ -27,14 +27,15 @@ use tokio::sync::watch;
 use crate::{
     app::kernel_shares,
     config::Config,
+    control_state::Snapshots,
     enrol::{PodPolicy, Pods, Unnamed},
     mesh::NodesNotApplied,
     proxy::Proxy,
     telemetry::status::{
         AgentState, CertificateStatus, CniStatus, CounterStatus, DropStatus, ExceptionStatus, FlowsStatus,
         GuardStatus, HookProgramStatus, IssuerStatus, MeshStatus, NodeStateStatus, NodesStatus, PodState,
-        PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, ShareStatus, SourceKind, SourceStatus,
-        Status, UncoveredStatus, UnnamedStatus,
+        PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, RevocationListStatus, ShareStatus,
+        SourceKind, SourceStatus, Status, UncoveredStatus, UnnamedStatus,
     },
 };
 
@@ -112,10 +113,8 @@ impl Report {
                 .iter()
                 .filter_map(certificate)
                 .collect(),
-            sources: vec![
-                source(SourceKind::Directory, &self.proxy.snapshots.directory.state()),
-                self.policy_source(),
-            ],
+            revocation_lists: self.revocation_lists(),
+            sources: self.sources(),
             flows: FlowsStatus {
                 opening: self.proxy.openings.count() as u64,
                 ..self.proxy.telemetry.live_flows()
@@ -137,6 +136,28 @@ impl Report {
             *known = (directory, ranges, found);
         }
         known.2.clone()
+    }
+
+    fn sources(&self) -> Vec<SourceStatus> {
+        let Snapshots { directory, revocation, federation, .. } = &self.proxy.snapshots;
+        let federation =
+            federation.iter().map(|domain| source(SourceKind::Federation, &domain.roots.state()));
+        let revocation = revocation.iter().map(|lists| source(SourceKind::Crl, &lists.state()));
+        let directory = source(SourceKind::Directory, &directory.state());
+        [directory, self.policy_source()].into_iter().chain(revocation).chain(federation).collect()
+    }
+
+    fn revocation_lists(&self) -> Vec<RevocationListStatus> {
+        let lists = self.proxy.snapshots.revocation.as_ref().map(|lists| lists.current().states());
+        let status = |list: ListState| RevocationListStatus {
+            issuer: list.issuer,
+            revoked: list.revoked,
+            this_update: list.this_update.into(),
+            next_update: list.next_update.into(),
+            seconds_left: seconds_left(list.next_update),
+            is_signed: list.is_signed,
+        };
+        lists.unwrap_or_default().into_iter().map(status).collect()
     }
 
     /// The source of policies, with the namespaces whose policies are not applied.
@@ -384,19 +405,23 @@ fn issuer(issuer: &Issuer) -> IssuerStatus {
     }
 }
 
+/// Returns the whole seconds until `time`, negative ones since.
+fn seconds_left(time: SystemTime) -> i64 {
+    match time.duration_since(SystemTime::now()) {
+        Ok(left) => i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+        Err(past) => i64::try_from(past.duration().as_secs()).map_or(i64::MIN, |s| -s),
+    }
+}
+
 /// An identity that has never had a certificate is seen as its pod waiting.
 fn certificate(state: &CertificateState) -> Option<CertificateStatus> {
     let not_after = state.not_after?;
-    let left = match not_after.duration_since(SystemTime::now()) {
-        Ok(left) => i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-        Err(past) => i64::try_from(past.duration().as_secs()).map_or(i64::MIN, |s| -s),
-    };
     Some(CertificateStatus {
         identity: state.identity.to_string(),
         serial: state.serial.clone(),
         not_before: state.not_before?.into(),
         not_after: not_after.into(),
-        seconds_left: left,
+        seconds_left: seconds_left(not_after),
         last_renewal: state.last_renewal.map(Into::into),
         renewal_failures: u64::from(state.renewal_failures),
         last_error: state.last_error.clone(),

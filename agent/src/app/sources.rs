@@ -1,4 +1,5 @@
-//! The sources of directory and policies, as the configuration names them: files or the Kubernetes API.
+//! The sources of directory and policies, as the configuration names them: files or the Kubernetes API. The file of revocation lists is
+//! watched like them.
 
 use std::{
     path::Path,
@@ -9,45 +10,87 @@ use tacit_core::{
     directory::{Directory, Ranges},
     policy::Policies,
 };
+use tacit_identity::{peer_trust, revocation::RevocationLists};
 use tacit_sources::{
     directory::{CgroupLayout, LocalNode},
     kubernetes::KubernetesError,
+    policy::MeshSettings,
     reload::{Opening, ReloadState, Watched},
 };
 use tokio::sync::watch;
 
 use crate::{
     app::AppError,
-    config::{Config, Source},
+    config::{Config, FederationConfig, Source},
+    control_state::FederatedRoots,
     telemetry::status::SourceKind,
 };
 
-/// Both sources, opened but perhaps not complete.
+/// All sources, opened but perhaps not complete.
 pub(super) struct Sources {
     directory: Opening<Directory>,
     policies: Opening<Policies>,
+    revocation: Option<Watched<RevocationLists>>,
+    federation: Vec<FederatedRoots>,
+}
+
+/// The complete sources.
+pub(super) struct Complete {
+    pub(super) directory: Arc<Watched<Directory>>,
+    pub(super) policies: Arc<Watched<Policies>>,
+    pub(super) revocation: Option<Arc<Watched<RevocationLists>>>,
+    pub(super) federation: Arc<[FederatedRoots]>,
 }
 
 impl Sources {
     pub(super) async fn open(config: &Config, pods_cgroup: &Path) -> Result<Self, AppError> {
+        let (revocation, federation) = (open_revocation(config)?, open_federation(config)?);
         let directory = open_directory(config, pods_cgroup).await?;
-        Ok(Self { directory, policies: open_policies(config).await? })
+        Ok(Self { directory, policies: open_policies(config).await?, revocation, federation })
     }
 
     /// Returns the state of each source, for the operator.
     pub(super) fn states(&self) -> Vec<(SourceKind, watch::Receiver<ReloadState>)> {
-        vec![(SourceKind::Directory, self.directory.states()), (SourceKind::Policy, self.policies.states())]
+        let revocation = self.revocation.iter().map(|lists| (SourceKind::Crl, lists.states()));
+        let sources =
+            [(SourceKind::Directory, self.directory.states()), (SourceKind::Policy, self.policies.states())];
+        let federation = self.federation.iter().map(|domain| (SourceKind::Federation, domain.roots.states()));
+        sources.into_iter().chain(revocation).chain(federation).collect()
     }
 
-    /// Waits until both sources are complete, without a limit.
-    pub(super) async fn complete(
-        self,
-    ) -> Result<(Arc<Watched<Directory>>, Arc<Watched<Policies>>), AppError> {
+    /// Waits until all sources are complete, without a limit.
+    pub(super) async fn complete(self) -> Result<Complete, AppError> {
         let (directory, policies) = tokio::join!(self.directory.complete(), self.policies.complete());
         let ended = |field| move || AppError::Kubernetes { field, source: KubernetesError::Ended };
         let directory = directory.ok_or_else(ended("directory"))?;
-        Ok((Arc::new(directory), Arc::new(policies.ok_or_else(ended("policy"))?)))
+        let policies = policies.ok_or_else(ended("policy"))?;
+        Ok(Complete {
+            directory: Arc::new(directory),
+            policies: Arc::new(policies),
+            revocation: self.revocation.map(Arc::new),
+            federation: self.federation.into(),
+        })
     }
+}
+
+/// The revocation lists. Without the first version the agent does not start: it would take revoked certificates.
+fn open_revocation(config: &Config) -> Result<Option<Watched<RevocationLists>>, AppError> {
+    let Some(crl) = &config.crl else { return Ok(None) };
+    let parse = |content: &[u8]| RevocationLists::parse(content).map_err(|error| error.to_string());
+    Watched::open_content(&crl.file, parse).map(Some).map_err(AppError::RevocationLists)
+}
+
+/// The roots of federated trust domains. All have to be there at the start.
+fn open_federation(config: &Config) -> Result<Vec<FederatedRoots>, AppError> {
+    let open = |domain: &FederationConfig| {
+        let roots = Watched::open_content(&domain.root_file, peer_trust::roots);
+        let roots = roots.map_err(|source| AppError::FederatedRoots {
+            trust_domain: domain.trust_domain.clone(),
+            source,
+        })?;
+        Ok(FederatedRoots { trust_domain: domain.trust_domain.clone(), roots })
+    };
+    config.federation.iter().map(open).collect()
 }
 
 /// The directory. It is used once it is complete: what an earlier agent left for pods that are not in it would be removed.
@@ -83,13 +126,17 @@ async fn open_directory(config: &Config, pods_cgroup: &Path) -> Result<Opening<D
 
 /// The policies. They are used once all are known: one that is missing would let through what it denies.
 async fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
-    let root = config.root_namespace.clone();
-    let minimum = config.minimum_mode;
+    let settings = MeshSettings {
+        root_namespace: config.root_namespace.clone(),
+        minimum: config.minimum_mode,
+        aliases: config.trust_domain_aliases.clone().into(),
+    };
     match &config.policy {
         Source::File(file) => {
             let named = file.clone();
             Ok(Watched::open(file, move |text| {
-                let policies = Policies::parse(text, &named, &root)?.with_minimum(minimum);
+                let policies =
+                    settings.applied(Policies::parse(text, &named, &settings.root_namespace)?);
                 for note in policies.notes() {
                     tracing::warn!(file = %named.display(), "{note}");
                 }
@@ -101,7 +148,7 @@ async fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
             .into())
         }
         Source::Kubernetes(options) => {
-            let opened = tacit_sources::policy::open(options, root, minimum).await;
+            let opened = tacit_sources::policy::open(options, settings).await;
             opened.map_err(|source| AppError::Kubernetes { field: "policy", source })
         }
     }

@@ -12,6 +12,8 @@ use tacit_identity::{
     issuer::{EmbeddedIssuer, Issuer},
     istio::{IstioIssuer, PublishedRoots},
     manager::Identities,
+    peer_trust::{FederatedDomain, PeerTrust, TrustDomains},
+    revocation::{Revocation, RevocationCheck, RevocationLists},
 };
 use tacit_kernel::{
     Kernel, KernelError, SuccessorLock, VerifierLog,
@@ -32,7 +34,7 @@ use crate::{
         node_state::{self, Kept},
         report::Report,
         sandboxes::{self, Sandboxes},
-        sources::Sources,
+        sources::{Complete, Sources},
         state::{Event, State},
         succession::{self, Succession},
         system,
@@ -41,7 +43,7 @@ use crate::{
     },
     cni,
     config::{Config, IssuerConfig, Source},
-    control_state::Snapshots,
+    control_state::{FederatedRoots, Snapshots},
     enrol::{Answer, Enroller, Serve, publish_mesh_default},
     mesh::Mesh,
     proxy::{Proxy, accept, dialer::Dialer, workers::Workers},
@@ -79,8 +81,9 @@ pub(super) async fn start(
     };
     let Some(complete) = signals.before(complete).await else { return Ok(Started::Ended(Ended::ByRequest)) };
     let Some(complete) = complete else { return Ok(Started::Ended(Ended::StartAgain)) };
-    let (directory, policies) = complete?;
-    let identities = Arc::new(Identities::start(issuer(config).await?));
+    let Complete { directory, policies, revocation, federation } = complete?;
+    let trust = Arc::new(peer_trust(config, revocation.as_deref(), &federation));
+    let identities = Arc::new(Identities::trusting(issuer(config).await?, trust));
     let kernel = async {
         let Some(cover) = cover else {
             let prepare = || Kernel::prepare(&config.pin_path, &node.pods_cgroup, verifier_log);
@@ -98,7 +101,7 @@ pub(super) async fn start(
     let Some(kernel) = signals.before(kernel).await else { return Ok(Started::Ended(Ended::ByRequest)) };
     let Some((kernel, successor_lock)) = kernel? else { return Ok(Started::Ended(Ended::StartAgain)) };
     let mesh = fill_maps(config, &kernel, &directory, &policies)?;
-    let snapshots = Snapshots { directory, policies, mesh, identities };
+    let snapshots = Snapshots { directory, policies, mesh, identities, revocation, federation };
     let proxy = proxy(config, &node, &kernel, snapshots, operator.telemetry.clone())?;
     let agent = serve(config, (node, attachment), kernel, proxy, operator, (kept, successor_lock));
     Ok(Started::Serving(Box::new(agent)))
@@ -163,6 +166,24 @@ impl Operator {
         let servers = AdminServers::open(config, started, shown, counted, watched, stands_by).await?;
         Ok(Self { started, telemetry, state, node_state, servers })
     }
+}
+
+/// Returns what peers are held to beside the roots.
+fn peer_trust(
+    config: &Config,
+    revocation: Option<&Watched<RevocationLists>>,
+    federation: &[FederatedRoots],
+) -> PeerTrust {
+    let revocation = match (&config.crl, revocation) {
+        (Some(crl), Some(lists)) => {
+            RevocationCheck::Lists(Arc::new(Revocation::new(lists.subscribe(), crl.unknown)))
+        }
+        _ => RevocationCheck::Off,
+    };
+    let federated = federation
+        .iter()
+        .map(|domain| FederatedDomain { name: domain.trust_domain.clone(), roots: domain.roots.subscribe() });
+    PeerTrust { revocation, domains: TrustDomains::new(config.trust_domain_aliases.clone(), federated) }
 }
 
 async fn issuer(config: &Config) -> Result<Issuer, AppError> {

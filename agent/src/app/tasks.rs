@@ -5,6 +5,7 @@ use std::{collections::HashSet, io, sync::Arc, time::Duration};
 use tacit_core::directory::Directory;
 use tacit_kernel::{Kernel, KernelError, events, host};
 use tokio::{
+    sync::watch,
     task::{JoinSet, spawn_blocking},
     time::{MissedTickBehavior, interval},
 };
@@ -75,6 +76,12 @@ impl Tasks {
             .clone()
             .follow(proxy.snapshots.directory.clone(), proxy.snapshots.policies.clone());
         rechecks.spawn(vital(failed.clone(), follow));
+        if let Some(lists) = &proxy.snapshots.revocation {
+            rechecks.spawn(vital(failed.clone(), follow_trust(proxy.clone(), lists.subscribe())));
+        }
+        for domain in &*proxy.snapshots.federation {
+            rechecks.spawn(vital(failed.clone(), follow_trust(proxy.clone(), domain.roots.subscribe())));
+        }
         rechecks.spawn(run_rechecks(proxy.rechecks.clone(), failed.clone()));
         heart.spawn(heartbeat(kernel.clone(), heartbeat_timeout, failed));
         Self { enrolment, settle, upkeep, heart, kernel_log, rechecks, live: proxy.rechecks.clone(), mesh }
@@ -118,6 +125,19 @@ async fn run_rechecks(rechecks: Arc<Rechecks>, failed: CancellationToken) {
     if let Err(error) = rechecks.run().await {
         tracing::error!(%error, "live flows are not decided on again when policy changes; restart the agent");
         failed.cancel();
+    }
+}
+
+/// Ends flows and idle sessions whose peers are not trusted any more, for as long as revocation lists, or the roots of a federated
+/// domain, change.
+async fn follow_trust<T>(proxy: Arc<Proxy>, mut input: watch::Receiver<Arc<T>>) {
+    loop {
+        proxy.rechecks.trust_changed();
+        proxy.sessions.close_untrusted();
+        proxy.hbone.close_untrusted();
+        if input.changed().await.is_err() {
+            return std::future::pending().await;
+        }
     }
 }
 

@@ -2,6 +2,8 @@
 
 use serde_json::Value as Json;
 
+use tacit_identity::revocation::UnknownStatus;
+
 use super::*;
 
 const MINIMAL: &str = "\
@@ -26,6 +28,8 @@ fn problems(text: &str) -> Vec<String> {
 fn a_minimal_file_gets_the_defaults() {
     let expected = Config {
         trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
+        trust_domain_aliases: Vec::new(),
+        federation: Vec::new(),
         node: "a".into(),
         pods_cgroup: Some("/sys/fs/cgroup/unified/pods".into()),
         mesh_ranges: vec!["10.77.0.0/16".parse().expect("valid"), "fd77::/16".parse().expect("valid")],
@@ -38,6 +42,7 @@ fn a_minimal_file_gets_the_defaults() {
             directory: "/etc/tacit/conf/issuer".into(),
             leaf_lifetime: Duration::from_secs(24 * 3600),
         },
+        crl: None,
         pin_path: "/sys/fs/bpf/tacit".into(),
         state_path: "/var/lib/tacit".into(),
         socket: "/run/tacit/agent.sock".into(),
@@ -54,6 +59,58 @@ fn a_minimal_file_gets_the_defaults() {
         busy_poll: Duration::from_micros(200),
     };
     assert_eq!(parse(MINIMAL), Ok(expected));
+}
+
+#[test]
+fn trust_domains_beside_the_own_one_are_named_once() {
+    let with = |text: &str| format!("{MINIMAL}{text}\n");
+    let domain = |name| TrustDomain::parse(name).expect("valid");
+    let config = parse(&with(
+        "trustDomainAliases: [old.example]\nfederation: [{trustDomain: partner.example, rootFile: partner.pem}]",
+    ))
+    .expect("valid");
+    assert_eq!(config.trust_domain_aliases, [domain("old.example")]);
+    let root_file = "/etc/tacit/conf/partner.pem".into();
+    assert_eq!(config.federation, [FederationConfig { trust_domain: domain("partner.example"), root_file }]);
+    for (text, problem) in [
+        ("trustDomainAliases: [cluster.local]", "cluster.local is trustDomain"),
+        ("trustDomainAliases: [old.example, old.example]", "named twice"),
+        ("trustDomainAliases: [Old]", "trustDomainAliases[0]"),
+        ("federation: [{trustDomain: cluster.local, rootFile: a}]", "cluster.local is trustDomain"),
+        ("federation: [{trustDomain: a.example}]", "federation[0].rootFile"),
+        ("federation: [{rootFile: a}]", "federation[0].trustDomain"),
+        (
+            "trustDomainAliases: [a.example]\nfederation: [{trustDomain: a.example, rootFile: a}]",
+            "named twice",
+        ),
+        (
+            "federation: [{trustDomain: a.example, rootFile: a}, {trustDomain: a.example, rootFile: b}]",
+            "named twice",
+        ),
+    ] {
+        let problems = problems(&with(text));
+        assert!(problems.iter().any(|found| found.contains(problem)), "{text}: {problems:?}");
+    }
+    let own = with("federation: [{trustDomain: cluster.local, rootFile: a}]")
+        .replace("trustDomain: cluster.local\n", "trustDomain: prod.example\n");
+    let problems = problems(&own);
+    assert!(problems.iter().any(|found| found.contains("stands for the own trust domain")), "{problems:?}");
+}
+
+#[test]
+fn revocation_lists_are_a_file_and_deny_what_they_do_not_know() {
+    let with = |crl: &str| format!("{MINIMAL}crl: {crl}\n");
+    let read = |crl: &str| parse(&with(crl)).expect("valid").crl.expect("lists");
+    let file = PathBuf::from("/etc/tacit/conf/crl.pem");
+    assert_eq!(read("{file: crl.pem}"), CrlConfig { file: file.clone(), unknown: UnknownStatus::Deny });
+    let allow = read("{file: crl.pem, unknownStatus: ALLOW}");
+    assert_eq!(allow, CrlConfig { file, unknown: UnknownStatus::Allow });
+    for (crl, field) in
+        [("{}", "crl.file"), ("{file: a, unknownStatus: MAYBE}", "crl.unknownStatus"), ("{files: a}", "crl")]
+    {
+        let problems = problems(&with(crl));
+        assert!(problems.iter().any(|problem| problem.contains(field)), "{problems:?}");
+    }
 }
 
 #[test]
@@ -319,6 +376,9 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     assert_eq!(names(embedded), sorted(&issuer::EMBEDDED_FIELDS));
     let istio = &schema["properties"]["issuer"]["properties"]["istio"];
     assert_eq!(names(istio), sorted(&issuer::ISTIO_FIELDS));
+    assert_eq!(names(&schema["properties"]["federation"]["items"]), sorted(&trust::FEDERATION_FIELDS));
+    assert_eq!(names(&schema["properties"]["crl"]), sorted(&crl::FIELDS));
+    assert_eq!(schema["properties"]["crl"]["properties"]["unknownStatus"]["default"], "DENY");
     assert_eq!(names(&istio["properties"]["rootConfigMap"]), sorted(&issuer::CONFIG_MAP_FIELDS));
     assert_eq!(istio["properties"]["leafLifetime"]["default"], "24h");
     let kubernetes = |field: &str| names(&schema["properties"][field]["properties"]["kubernetes"]);

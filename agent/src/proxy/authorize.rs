@@ -8,12 +8,15 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::SystemTime,
 };
 
 use tacit_core::{
     policy::{Flow, FlowSource, PolicyVerdict},
     refusal::{Refusal, RefusalReason},
 };
+
+use tacit_identity::peer_trust::{Distrust, PeerChain};
 
 use crate::{
     enrol::{Pod, PodPolicy},
@@ -26,21 +29,28 @@ use crate::{
 #[derive(Debug)]
 pub struct Admitted {
     flow: Flow,
+    /// The certificates that prove it. Empty if none does.
+    chain: PeerChain,
     /// The policy that allowed it.
     by: Arc<PodPolicy>,
 }
 
-/// Decides on a flow to `pod`, and reports the audits that it matches.
+/// Decides on a flow to `pod`, which `chain` proves, and reports the audits that it matches.
 ///
 /// # Errors
 /// [`Refusal`] if policy does not admit the flow.
-pub fn admit(telemetry: &Telemetry, pod: &Pod, flow: Flow, ends: &Ends) -> Result<Admitted, Refusal> {
+pub fn admit(
+    telemetry: &Telemetry,
+    pod: &Pod,
+    (flow, chain): (Flow, PeerChain),
+    ends: &Ends,
+) -> Result<Admitted, Refusal> {
     let policy = pod.policy();
     for audit in policy.authorization.audits(&flow) {
         telemetry.audited(ends, &audit.to_string());
     }
     verdict(&policy, &flow)?;
-    Ok(Admitted { flow, by: policy })
+    Ok(Admitted { flow, chain, by: policy })
 }
 
 /// Returns the reason for which peers must reach a destination in `pod` as plaintext, if they must and its mode and policies admit
@@ -76,17 +86,38 @@ fn verdict(policy: &PodPolicy, flow: &Flow) -> Result<(), Refusal> {
 }
 
 impl Admitted {
-    /// Waits until the policy of `pod` no longer allows the flow. The policy may have changed since the flow was admitted.
+    /// Waits until the policy of `pod` no longer allows the flow, or a certificate that proves it is revoked. Either may have changed
+    /// since the flow was admitted.
     pub fn revoked(self, rechecks: &Arc<Rechecks>, pod: &Pod) -> Revoked {
-        let Self { flow, by } = self;
+        let Self { flow, chain, by } = self;
         let in_force = pod.policy_in_force();
-        let is_decided = || Arc::ptr_eq(&in_force.load(), &by);
+        let is_decided = || chain.is_unchecked() && Arc::ptr_eq(&in_force.load(), &by);
         let check = {
-            let in_force = Arc::clone(&in_force);
-            move || verdict(&in_force.load(), &flow).err()
+            let (in_force, chain) = (Arc::clone(&in_force), chain.clone());
+            move || revoked_peer(&chain, &flow).or_else(|| verdict(&in_force.load(), &flow).err())
         };
         rechecks.revoked((pod.cgroup, Depends::OnPolicy), is_decided, check)
     }
+}
+
+/// Returns the refusal of a peer that is not trusted any more.
+pub fn untrusted(found: &Distrust) -> Refusal {
+    Refusal::new(found.reason(), found)
+}
+
+fn revoked_peer(chain: &PeerChain, flow: &Flow) -> Option<Refusal> {
+    let revoked = chain.revoked(SystemTime::now())?;
+    Some(Refusal { source: flow.source.identity().cloned(), ..untrusted(&revoked) })
+}
+
+/// Waits until a peer of `pod` is not trusted any more, which may have happened before. For ever if nothing can end the trust.
+pub async fn peer_revoked(rechecks: &Arc<Rechecks>, pod: &Pod, chain: &PeerChain) -> Refusal {
+    if chain.is_unchecked() {
+        return std::future::pending().await;
+    }
+    let chain = chain.clone();
+    let check = move || chain.revoked(SystemTime::now()).map(|revoked| untrusted(&revoked));
+    rechecks.revoked((pod.cgroup, Depends::OnTrust), || false, check).await
 }
 
 /// Ends a flow that policy no longer allows; its sockets were reset by then.

@@ -10,7 +10,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tacit_core::directory::Workload;
@@ -153,6 +153,16 @@ impl HboneConnections {
                 server.used = now;
             }
             now.duration_since(server.used) >= IDLE || !is_enrolled(key.pod, key.netns)
+        });
+    }
+
+    /// Has no more flows open on connections whose peers are not trusted any more: by revocation lists, or by the roots of a federated
+    /// domain.
+    pub fn close_untrusted(&self) {
+        let now = SystemTime::now();
+        self.for_each(|_, server| {
+            close(server.connections.extract_if(.., |client| client.peer().chain().check(now).is_err()));
+            true
         });
     }
 

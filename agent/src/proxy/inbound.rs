@@ -22,9 +22,10 @@ use tacit_abi::tcp_port;
 use tacit_core::{
     policy::{Flow, FlowSource, PolicyVerdict},
     refusal::{Refusal, RefusalReason},
-    spiffe::SpiffeId,
+    spiffe::{SpiffeId, TrustDomain},
     wire::open::{DenyReason, Open},
 };
+use tacit_identity::peer_trust::PeerChain;
 use tacit_kernel::socket::AppStream;
 use tacit_tunnel::{Incoming, Session, TunnelError, relay, session::SERVER_IDLE, socket};
 use tokio::net::TcpStream;
@@ -110,8 +111,14 @@ async fn next_flow<'a>(
     peer: IpAddr,
     at: IpAddr,
 ) -> Option<Begun<'a>> {
+    let chain = session.peer_chain().clone();
     let next = tokio::select! {
         next = session.next(SERVER_IDLE) => next,
+        revoked = authorize::peer_revoked(&path.rechecks, pod, &chain) => {
+            tracing::debug!(peer = %session.peer(), detail = revoked.detail, "session closed");
+            session.close();
+            return None;
+        }
         () = path.drain.idle.cancelled() => return None,
         () = pod.closed.cancelled() => return None,
     };
@@ -141,7 +148,15 @@ async fn begin<'a>(
     peer: IpAddr,
     at: IpAddr,
 ) -> Option<Begun<'a>> {
-    let proven = Proven { identity: session.peer(), not_after: session.peer_not_after(), peer, at };
+    let chain = session.peer_chain().clone();
+    let proven = Proven {
+        identity: session.peer(),
+        not_after: session.peer_not_after(),
+        chain: &chain,
+        own: pod.workload.identity.trust_domain(),
+        peer,
+        at,
+    };
     let claims = proven.check("OPEN", open.client, open.destination);
     if claims.is_ok() {
         // The certificate is of all pods of an account. So the answer counts only for the pod at whose address it is given.
@@ -158,7 +173,8 @@ async fn begin<'a>(
     // The destination of a rejected OPEN need not be this pod.
     let own = checked.as_ref().ok().map(|_| pod.workload.identity.clone());
     let ends = path.ends(Reporter::Destination, addresses, Some(session.peer().clone()), own);
-    let admitted = checked.and_then(|flow| authorize::admit(&path.telemetry, pod, flow, &ends));
+    let admitted =
+        checked.and_then(|flow| authorize::admit(&path.telemetry, pod, (flow, chain.clone()), &ends));
     let admitted = match admitted {
         Ok(admitted) => admitted,
         Err(refusal) => return deny(path, session, open, &ends, &refusal).await.map(Begun::Denied),
@@ -222,6 +238,10 @@ struct Proven<'a> {
     identity: &'a SpiffeId,
     /// End of the client's certificate.
     not_after: SystemTime,
+    /// What may end the trust in the client.
+    chain: &'a PeerChain,
+    /// The mesh's own trust domain.
+    own: &'a TrustDomain,
     /// Address of the client.
     peer: IpAddr,
     /// Address of the pod that the connection came to.
@@ -232,9 +252,11 @@ impl Proven<'_> {
     /// Checks the claims of a request named `what`, and returns the flow that policy decides on.
     fn check(&self, what: &str, client: SocketAddr, destination: SocketAddr) -> Result<Flow, Refusal> {
         let refuse = |reason, detail: String| Err(Refusal::new(reason, detail));
-        if self.not_after <= SystemTime::now() {
+        let now = SystemTime::now();
+        if self.not_after <= now {
             return refuse(RefusalReason::Expired, "it has expired since the handshake".to_owned());
         }
+        self.chain.check(now).map_err(|found| authorize::untrusted(&found))?;
         // The session came to this pod's address: the agent carries no flow for another address on it.
         if destination.ip() != self.at {
             let detail = format!("{what} names {destination}, the session is for {}", self.at);
@@ -245,7 +267,12 @@ impl Proven<'_> {
             let detail = format!("{what} names client {client}, the session comes from {}", self.peer);
             return refuse(RefusalReason::ForgedClient, detail);
         }
-        Ok(Flow { source: FlowSource::Tunnel(self.identity.clone()), client: client.ip(), destination })
+        let identity = self.identity.clone();
+        let source = match identity.trust_domain() == self.own {
+            true => FlowSource::Tunnel(identity),
+            false => FlowSource::Federated(identity),
+        };
+        Ok(Flow { source, client: client.ip(), destination })
     }
 }
 
@@ -300,7 +327,8 @@ pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: AppStream, peer:
         return refuse(client, &refusal);
     }
     let flow = Flow { source: FlowSource::Plaintext, client: peer.ip(), destination: at };
-    let admitted = match authorize::admit(&path.telemetry, &pod, flow, &ends) {
+    let proof = (flow, PeerChain::default());
+    let admitted = match authorize::admit(&path.telemetry, &pod, proof, &ends) {
         Ok(admitted) => admitted,
         Err(refusal) => return refuse(client, &refusal),
     };

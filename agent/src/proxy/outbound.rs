@@ -29,6 +29,7 @@ use tacit_core::{
     route::{self, PlaintextCause, Route, RouteInput},
     wire::Role,
 };
+use tacit_identity::peer_trust::PeerChain;
 use tacit_kernel::{held::HeldEnds, socket::AppStream};
 use tacit_tunnel::{
     hbone::relay as relay_stream,
@@ -243,6 +244,9 @@ fn carry(
                 let end = tokio::select! {
                     end = relay_stream(app, stream, Role::Client, live.counters(), watched.watching()) => end,
                     () = path.drain.cut.cancelled() => return live.close("cut"),
+                    refusal = authorize::peer_revoked(&path.rechecks, &pod, place.peer().chain()) => {
+                        return authorize::revoke(&path.telemetry, live, &refusal);
+                    }
                 };
                 if end.is_silence() {
                     path.hbone.close_to(&key);
@@ -257,10 +261,14 @@ fn carry(
             live.counters().sent.fetch_add(optimistic_bytes, Relaxed);
             let bulk = path.shares.bulk.of(pod.cgroup);
             let watched = path.watch(&pod, ends);
+            let chain = session.peer_chain().clone();
             Box::pin(async move {
                 let (end, session) = tokio::select! {
                     ended = relay::tunnelled(app, session, live.counters(), &bulk, watched.watching()) => ended,
                     () = path.drain.cut.cancelled() => return live.close("cut"),
+                    refusal = authorize::peer_revoked(&path.rechecks, &pod, &chain) => {
+                        return authorize::revoke(&path.telemetry, live, &refusal);
+                    }
                 };
                 if end.is_silence() {
                     path.sessions.close_to(&key);
@@ -374,7 +382,9 @@ async fn connect_same_node(path: &Proxy, pod: &Pod, addresses: Addresses) -> Res
     let (identity, theirs) = (pod.workload.identity.clone(), target.workload.identity.clone());
     let ends = path.ends(Reporter::Source, addresses, Some(identity.clone()), Some(theirs));
     let flow = Flow { source: FlowSource::SameNode(identity), client: source.ip(), destination };
-    let admitted = authorize::admit(&path.telemetry, &target, flow, &ends)?;
+    // Nothing but the kernel proves the flow.
+    let proof = (flow, PeerChain::default());
+    let admitted = authorize::admit(&path.telemetry, &target, proof, &ends)?;
     let connected = path.dial_application(&target, destination, source).await;
     let server = connected.map_err(|error| authorize::not_delivered(&target, &error))?;
     let spec = FlowSpec { ends, security: Security::SameNode, trace: [0; 16] };

@@ -108,6 +108,12 @@ impl Sessions {
         self.close_removed(|pool| pool.clear(key));
     }
 
+    /// Closes the idle sessions whose peers are not trusted any more: by revocation lists, or by the roots of a federated domain.
+    pub fn close_untrusted(&self) {
+        let now = SystemTime::now();
+        self.close_removed(|pool| pool.clear_where(|_, session| session.peer_chain().check(now).is_err()));
+    }
+
     /// Closes all idle sessions.
     pub fn close_all(&self) {
         self.close_removed(|pool| pool.clear_where(|_, _| true));
@@ -155,7 +161,8 @@ impl Sessions {
 }
 
 fn is_usable(session: &Session) -> bool {
-    session.peer_not_after() > SystemTime::now() && session.is_idle_alive()
+    let now = SystemTime::now();
+    session.peer_not_after() > now && session.peer_chain().check(now).is_ok() && session.is_idle_alive()
 }
 
 #[cfg(test)]

@@ -162,3 +162,21 @@ async fn the_thread_checks_until_it_is_closed() {
     flows.rechecks.close();
     assert!(running.await.expect("no panic").is_ok());
 }
+
+#[test]
+fn a_change_of_trust_checks_tunnels_and_no_plaintext() {
+    let flows = Flows::default();
+    let open = |pod, depends| (0..10).map(|_| flows.open(pod, depends)).collect::<Vec<_>>();
+    let mut tunnels = open(1, Depends::OnTrust);
+    let (inbound, clear) = (open(2, Depends::OnPolicy), open(1, Depends::OnDirectory));
+    flows.run();
+    flows.rechecks.trust_changed();
+    assert_eq!(flows.run(), 20, "outbound and inbound tunnels");
+    flows.rechecks.policy_changed(1);
+    assert_eq!(flows.run(), 10, "policy does not decide on an outbound tunnel");
+    flows.denies.store(true, Relaxed);
+    flows.rechecks.trust_changed();
+    flows.run();
+    assert!(tunnels.iter_mut().all(|flow| told(flow).is_some()));
+    drop((inbound, clear));
+}

@@ -10,7 +10,7 @@
 pub(super) mod authority;
 mod declared;
 
-use std::{fmt, fmt::Write};
+use std::{collections::BTreeMap, fmt, fmt::Write};
 
 use prometheus_client::{
     collector::Collector,
@@ -64,6 +64,7 @@ impl Collector for Exposition {
         self.agent(&mut writer)?;
         self.shares(&mut writer)?;
         self.certificates(&mut writer)?;
+        self.revocation_lists(&mut writer)?;
         self.configuration(&mut writer)
     }
 }
@@ -169,14 +170,35 @@ impl Exposition {
         writer.family(&ISSUER_SKEW, skew("ahead", 1).into_iter().chain(skew("behind", -1)))
     }
 
+    /// Of several lists of one issuer the latest counts.
+    fn revocation_lists(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let mut issuers: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
+        for list in &self.status.revocation_lists {
+            let (next_update, revoked) = issuers.entry(&list.issuer).or_default();
+            *next_update = list.next_update.unix_seconds().max(*next_update);
+            *revoked += list.revoked;
+        }
+        let all = || issuers.iter().map(|(issuer, of)| ([Value::Text(issuer)], of));
+        writer.family(&CRL_NEXT_UPDATE, all().map(|(issuer, (next_update, _))| (issuer, *next_update)))?;
+        writer.family(&CRL_REVOKED, all().map(|(issuer, (_, revoked))| (issuer, *revoked)))
+    }
+
     fn configuration(&self, writer: &mut Writer<'_>) -> fmt::Result {
-        let reloads = self.status.sources.iter().flat_map(|source| {
-            let labels = |result| [source.kind.label(), result].map(Value::Text);
-            [(labels("loaded"), source.loads), (labels("refused"), source.refusals)]
+        // Several federated trust domains are one source.
+        let mut kinds: BTreeMap<&str, (u64, u64, u64)> = BTreeMap::new();
+        for source in &self.status.sources {
+            let (loads, refusals, age) = kinds.entry(source.kind.label()).or_default();
+            *loads += source.loads;
+            *refusals += source.refusals;
+            *age = source.stale_seconds.max(*age);
+        }
+        let reloads = kinds.iter().flat_map(|(kind, (loads, refusals, _))| {
+            let labels = |result| [*kind, result].map(Value::Text);
+            [(labels("loaded"), *loads), (labels("refused"), *refusals)]
         });
         writer.family(&RELOADS, reloads)?;
-        let ages = self.status.sources.iter();
-        writer.family(&STALE, ages.map(|source| ([Value::Text(source.kind.label())], source.stale_seconds)))
+        let ages = kinds.iter();
+        writer.family(&STALE, ages.map(|(kind, (.., age))| ([Value::Text(kind)], *age)))
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tacit_core::refusal::Refusal;
+use tacit_core::refusal::{Refusal, RefusalReason};
 use tracing::Level;
 
 use super::{
@@ -126,6 +126,14 @@ impl Line {
         }
         match event {
             Event::Refused(_) => line!(Level::WARN, "connection refused"),
+            Event::Revoked(refusal)
+                if matches!(
+                    refusal.reason,
+                    RefusalReason::CertificateRevoked | RefusalReason::UnknownIssuer
+                ) =>
+            {
+                line!(Level::WARN, "connection closed: the peer's certificate is not trusted any more");
+            }
             Event::Revoked(_) => line!(Level::WARN, "connection closed: policy no longer allows it"),
             Event::Audited { .. } => line!(Level::INFO, "connection audited"),
         }
@@ -167,8 +175,6 @@ impl Bucket {
 
 #[cfg(test)]
 mod tests {
-    use tacit_core::refusal::RefusalReason;
-
     use super::*;
 
     #[test]

@@ -6,6 +6,7 @@
 
 mod exceptions;
 mod render;
+mod revocation;
 
 use std::{
     collections::BTreeMap,
@@ -21,6 +22,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 pub use exceptions::ExceptionStatus;
 pub use render::render;
+pub use revocation::RevocationListStatus;
 
 /// Flows listed in a status, a number; beyond it they are counted only. Some 400 bytes each.
 pub const FLOWS_LISTED_MAX: usize = 1000;
@@ -82,6 +84,9 @@ pub struct Status {
     pub issuer: IssuerStatus,
     /// The certificates held.
     pub certificates: Vec<CertificateStatus>,
+    /// The revocation lists that certificates of peers are checked against.
+    #[serde(default)]
+    pub revocation_lists: Vec<RevocationListStatus>,
     /// The sources of configuration.
     pub sources: Vec<SourceStatus>,
     /// Flows that are open.
@@ -406,6 +411,10 @@ pub enum SourceKind {
     Directory,
     /// Modes and policies.
     Policy,
+    /// Revocation lists.
+    Crl,
+    /// Roots of a federated trust domain.
+    Federation,
 }
 
 impl SourceKind {
@@ -415,6 +424,8 @@ impl SourceKind {
         match self {
             Self::Directory => "directory",
             Self::Policy => "policy",
+            Self::Crl => "crl",
+            Self::Federation => "federation",
         }
     }
 }

@@ -25,7 +25,7 @@ use tacit_core::{
         open::{DenyReason, OPEN_BYTES, Open, OptimisticMode},
     },
 };
-use tacit_identity::certificate::Validity;
+use tacit_identity::{certificate::Validity, peer_trust::PeerChain};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -59,6 +59,7 @@ pub struct Session {
     state: FlowState,
     peer: SpiffeId,
     peer_validity: Validity,
+    peer_chain: PeerChain,
     info: TlsInfo,
     /// Server: after this token is cancelled, the session ends with its flow.
     draining: Option<CancellationToken>,
@@ -75,6 +76,7 @@ impl Session {
             state: FlowState::Idle,
             peer: established.peer,
             peer_validity: established.peer_validity,
+            peer_chain: established.peer_chain,
             info: established.tls,
             draining: None,
             accept_can_wait: false,
@@ -96,6 +98,12 @@ impl Session {
     #[must_use]
     pub fn peer_not_after(&self) -> SystemTime {
         self.peer_validity.not_after
+    }
+
+    /// Returns the peer's certificates. Do not use the session after one of them is revoked.
+    #[must_use]
+    pub fn peer_chain(&self) -> &PeerChain {
+        &self.peer_chain
     }
 
     /// Returns the negotiated TLS parameters.

@@ -23,6 +23,7 @@ use tacit_core::spiffe::SpiffeId;
 use tacit_identity::{
     certificate::{self, Validity},
     credentials::Credentials,
+    peer_trust::PeerChain,
 };
 use tokio::{net::TcpStream, time::timeout};
 
@@ -33,7 +34,7 @@ use super::{
     record::{CONTENT_MAX_BYTES, HEADER_BYTES, Opened, RecordError, Records, TAIL_BYTES},
     socket,
     tls::{
-        PeerCertificateError, TlsInfo, TunnelError, client_config,
+        PeerCertificateError, TlsInfo, TunnelError, VerifiedPeer, client_config,
         handshake::{self, Handshake},
         negotiated, server_config,
     },
@@ -59,6 +60,7 @@ pub(crate) struct Established {
     pub(crate) receive_buffer: ReceiveBuffer,
     pub(crate) peer: SpiffeId,
     pub(crate) peer_validity: Validity,
+    pub(crate) peer_chain: PeerChain,
     pub(crate) tls: TlsInfo,
 }
 
@@ -81,16 +83,22 @@ pub(crate) async fn accept(tcp: TcpStream, own: &Credentials) -> Result<Establis
 }
 
 async fn establish(tcp: TcpStream, mut connection: impl Handshake) -> Result<Established, TunnelError> {
-    let behind = bounded(handshake::run(&tcp, &mut connection)).await?;
-    let tls = negotiated(connection.state())?;
+    let (behind, verified) = bounded(handshake::run(&tcp, &mut connection)).await?;
+    let tls = negotiated(connection.state());
     // The verifiers have accepted this certificate, so parsing it again cannot fail in another way.
     let leaf = connection.state().peer_certificates().and_then(|chain| chain.first());
     let leaf = leaf.ok_or(PeerCertificateError::NoClientCertificate)?;
-    let peer = certificate::spiffe_id(leaf).map_err(PeerCertificateError::from)?;
+    let VerifiedPeer { identity: peer, chain: peer_chain } = verified;
     let peer_validity = certificate::validity(leaf).map_err(PeerCertificateError::from)?;
     let (secrets, schedule) = connection.into_secrets()?;
-    let stream = TlsStream { tcp, records: Records::new(secrets, schedule)?, outgoing: Outgoing::default() };
-    Ok(Established { stream, receive_buffer: ReceiveBuffer::with(behind), peer, peer_validity, tls })
+    let mut stream =
+        TlsStream { tcp, records: Records::new(secrets, schedule)?, outgoing: Outgoing::default() };
+    let tls = tls.inspect_err(|error| match error {
+        TunnelError::Alpn => stream.send_alert(AlertDescription::NoApplicationProtocol),
+        _ => stream.send_alert(AlertDescription::HandshakeFailure),
+    })?;
+    let receive_buffer = ReceiveBuffer::with(behind);
+    Ok(Established { stream, receive_buffer, peer, peer_validity, peer_chain, tls })
 }
 
 async fn bounded<T>(handshake: impl Future<Output = Result<T, TunnelError>>) -> Result<T, TunnelError> {

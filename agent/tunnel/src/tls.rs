@@ -22,7 +22,7 @@ use rustls::{
         CryptoProvider,
         aws_lc_rs::{self, cipher_suite, kx_group},
     },
-    server::{NoServerSessionStorage, WebPkiClientVerifier},
+    server::NoServerSessionStorage,
     sign::SingleCertAndKey,
     version::TLS13,
 };
@@ -34,9 +34,10 @@ use tacit_core::{
 use tacit_identity::credentials::Credentials;
 
 pub use verify::PeerCertificateError;
+pub(crate) use verify::VerifiedPeer;
 
 use crate::record::RecordError;
-use verify::{ClientVerifier, ServerVerifier};
+use verify::{ClientVerifier, PeerVerifier, ServerVerifier};
 
 /// The wire format as an ALPN protocol name.
 pub const ALPN: &[u8] = b"tacit/1";
@@ -188,14 +189,7 @@ pub(crate) static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
 
 /// Returns the client configuration of `own` for a server that must have the identity `expected`.
 pub(crate) fn client_config(own: &Credentials, expected: &SpiffeId) -> Arc<ClientConfig> {
-    let verifier = |expected| {
-        Arc::new(ServerVerifier {
-            roots: own.roots.clone(),
-            algorithms: PROVIDER.signature_verification_algorithms,
-            trust_domain: own.identity.trust_domain().clone(),
-            expected,
-        })
-    };
+    let verifier = |expected| Arc::new(ServerVerifier { peer: peer_verifier(own), expected });
     let shared = || {
         let mut config = ClientConfig::builder_with_provider(PROVIDER.clone())
             .with_protocol_versions(&[&TLS13])
@@ -222,10 +216,7 @@ pub(crate) fn client_config(own: &Credentials, expected: &SpiffeId) -> Arc<Clien
 /// Returns the server configuration of `own` for clients of its trust domain.
 pub(crate) fn server_config(own: &Credentials) -> Arc<ServerConfig> {
     let make = || {
-        let chain = WebPkiClientVerifier::builder_with_provider(own.roots.clone(), PROVIDER.clone())
-            .build()
-            .expect("Credentials have a root, and there are no revocation lists to parse");
-        let verifier = ClientVerifier { chain, trust_domain: own.identity.trust_domain().clone() };
+        let verifier = ClientVerifier { peer: peer_verifier(own) };
         let mut config = ServerConfig::builder_with_provider(PROVIDER.clone())
             .with_protocol_versions(&[&TLS13])
             .expect("PROVIDER has suites and key exchanges of TLS 1.3")
@@ -238,6 +229,15 @@ pub(crate) fn server_config(own: &Credentials) -> Arc<ServerConfig> {
         config
     };
     own.server_config(make).clone()
+}
+
+fn peer_verifier(own: &Credentials) -> PeerVerifier {
+    PeerVerifier {
+        roots: own.roots.clone(),
+        algorithms: PROVIDER.signature_verification_algorithms,
+        trust_domain: own.identity.trust_domain().clone(),
+        trust: own.trust.clone(),
+    }
 }
 
 /// The preferred first: a server chooses the first of its own that the client offers. So two Tacit agents never speak HBONE.

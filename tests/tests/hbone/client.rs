@@ -72,7 +72,17 @@ pub(crate) async fn tls_as(
     alpn: &[&[u8]],
     uris: &[&str],
 ) -> Result<TlsStream<TcpStream>> {
-    let Credentials { chain, key, roots } = sign(mesh.agent("b")?.files().issuer(), uris)?;
+    tls_with(mesh, server, alpn, sign(mesh.agent("b")?.files().issuer(), uris)?).await
+}
+
+/// As [`tls`], with this certificate.
+pub(crate) async fn tls_with(
+    mesh: &Mesh,
+    server: IpAddr,
+    alpn: &[&[u8]],
+    credentials: Credentials,
+) -> Result<TlsStream<TcpStream>> {
+    let Credentials { chain, key, roots } = credentials;
     let provider = Arc::new(aws_lc_rs::default_provider());
     let chains = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build()?;
     let mut config = ClientConfig::builder_with_provider(provider)
@@ -135,7 +145,11 @@ impl ServerCertVerifier for Signatures {
 impl Connection {
     /// Connects to the tunnel port of `server` with ztunnel's settings.
     pub(crate) async fn open(mesh: &Mesh, server: IpAddr) -> Result<Self> {
-        let tls = tls(mesh, server, &[b"h2"]).await?;
+        Self::over(tls(mesh, server, &[b"h2"]).await?).await
+    }
+
+    /// Begins HTTP/2 with ztunnel's settings.
+    pub(crate) async fn over(tls: TlsStream<TcpStream>) -> Result<Self> {
         let local = tls.get_ref().0.local_addr()?;
         let mut settings = h2::client::Builder::new();
         settings
@@ -233,6 +247,12 @@ impl Flow {
         let got = self.rest().await?;
         ensure!(got == text.as_bytes(), "{:?} came back", String::from_utf8_lossy(&got));
         Ok(())
+    }
+
+    /// Waits until the flow is cut, by RST_STREAM or with its connection.
+    pub(crate) async fn cut(&mut self) -> Result<()> {
+        let reset = std::future::poll_fn(|cx| self.send.poll_reset(cx));
+        timeout(LIMIT, reset).await.context("the flow goes on").map(drop)
     }
 
     /// Waits for RST_STREAM.

@@ -7,10 +7,12 @@ mod certificates;
 mod client;
 mod draining;
 mod faults;
+mod federation;
 mod flows;
 mod limits;
 mod outgoing;
 mod policy;
+mod revocation;
 mod server;
 
 use anyhow::Result;

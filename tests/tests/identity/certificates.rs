@@ -75,6 +75,42 @@ impl Roots {
 
     /// Signs a certificate and returns it with its key.
     pub(crate) fn sign(&self, leaf: &Leaf) -> Result<Credentials> {
+        match leaf.root {
+            SigningRoot::Mesh => leaf.signed_by(&self.mesh),
+            SigningRoot::Foreign => leaf.signed_by(&self.foreign),
+            SigningRoot::Namesake => leaf.signed_by(&self.namesake),
+        }
+    }
+}
+
+/// The root of a federated trust domain.
+pub(crate) struct FederatedRoot {
+    issuer: Issuer<'static, KeyPair>,
+    pem: String,
+}
+
+impl FederatedRoot {
+    pub(crate) fn new(trust_domain: &str) -> Result<Self> {
+        let params = root_params(trust_domain);
+        let key = KeyPair::generate()?;
+        let pem = params.self_signed(&key)?.pem();
+        Ok(Self { issuer: Issuer::new(params, key), pem })
+    }
+
+    /// Returns the root's certificate.
+    pub(crate) fn pem(&self) -> &str {
+        &self.pem
+    }
+
+    /// Signs a certificate, whichever root it names.
+    pub(crate) fn sign(&self, leaf: &Leaf) -> Result<Credentials> {
+        leaf.signed_by(&self.issuer)
+    }
+}
+
+impl Leaf {
+    fn signed_by(&self, root: &Issuer<'static, KeyPair>) -> Result<Credentials> {
+        let leaf = self;
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.extended_key_usages =
@@ -94,11 +130,6 @@ impl Roots {
             Validity::Future => (now + Duration::hours(1), now + Duration::hours(2)),
         };
         let key = KeyPair::generate()?;
-        let root = match leaf.root {
-            SigningRoot::Mesh => &self.mesh,
-            SigningRoot::Foreign => &self.foreign,
-            SigningRoot::Namesake => &self.namesake,
-        };
         let certificate = params.signed_by(&key, root)?;
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
         Ok(Credentials { chain: vec![certificate.der().clone()], key })
@@ -107,11 +138,15 @@ impl Roots {
 
 /// Creates a root with the subject that Tacit gives the root of this trust domain.
 fn root(trust_domain: &str) -> Result<Issuer<'static, KeyPair>> {
+    Ok(Issuer::new(root_params(trust_domain), KeyPair::generate()?))
+}
+
+fn root_params(trust_domain: &str) -> CertificateParams {
     let mut name = DistinguishedName::new();
     name.push(DnType::OrganizationName, "Tacit");
     name.push(DnType::CommonName, trust_domain);
     let mut params = CertificateParams::default();
     params.distinguished_name = name;
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    Ok(Issuer::new(params, KeyPair::generate()?))
+    params
 }

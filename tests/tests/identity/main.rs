@@ -7,5 +7,6 @@
 mod certificates;
 mod clients;
 mod fake;
+mod federation;
 mod pressure;
 mod servers;

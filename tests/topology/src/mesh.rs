@@ -171,6 +171,22 @@ impl MeshFiles {
         replace(&self.folder.join("policy.yaml"), text)
     }
 
+    /// Replaces `crl.pem`, which the agent reads if its configuration says so, with `text`, which may be invalid.
+    ///
+    /// # Errors
+    /// Fails if it cannot be written.
+    pub fn set_crl(&self, text: &str) -> Result<()> {
+        replace(&self.folder.join("crl.pem"), text)
+    }
+
+    /// Replaces `partner.pem`, which the agent reads if its configuration says so, with `text`, which may be invalid.
+    ///
+    /// # Errors
+    /// Fails if it cannot be written.
+    pub fn set_partner(&self, text: &str) -> Result<()> {
+        replace(&self.folder.join("partner.pem"), text)
+    }
+
     /// Returns the path of `tacit.yaml`.
     #[must_use]
     pub fn config(&self) -> PathBuf {

@@ -22,6 +22,7 @@
 use std::{fmt, sync::Arc};
 
 use super::Flow;
+use crate::spiffe::TrustDomain;
 
 mod matching;
 pub(super) mod parse;
@@ -192,34 +193,38 @@ impl fmt::Display for UnmatchedPolicies<'_> {
 
 /// The policies that select one workload, mesh-wide ones first.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Authorization(Vec<Arc<AuthorizationPolicy>>);
+pub struct Authorization {
+    policies: Vec<Arc<AuthorizationPolicy>>,
+    /// Other names of the mesh's own trust domain.
+    aliases: Arc<[TrustDomain]>,
+}
 
 impl Authorization {
-    pub(super) fn new(policies: Vec<Arc<AuthorizationPolicy>>) -> Self {
-        Self(policies)
+    pub(super) fn new(policies: Vec<Arc<AuthorizationPolicy>>, aliases: Arc<[TrustDomain]>) -> Self {
+        Self { policies, aliases }
     }
 
     /// Returns true if no policy selects the workload. Then no flow needs a check.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.policies.is_empty()
     }
 
     /// Number of policies.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.policies.len()
     }
 
     /// `namespace/name` of every policy, in order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().map(|policy| policy.id.as_str())
+        self.policies.iter().map(|policy| policy.id.as_str())
     }
 
     /// Returns the number of lookups of one decision, at most.
     #[must_use]
     pub fn lookups(&self) -> usize {
-        self.0.iter().map(|policy| policy.lookups()).sum()
+        self.policies.iter().map(|policy| policy.lookups()).sum()
     }
 
     /// The first names, for people, with the number of the others.
@@ -238,7 +243,7 @@ impl Authorization {
         if self.is_empty() {
             return AuthorizationDecision::Unrestricted;
         }
-        let flow = FlowAttributes::of(flow);
+        let flow = FlowAttributes::of(flow, &self.aliases);
         let denied =
             self.enforced().filter(|policy| policy.denies()).find_map(|policy| policy.matching(&flow));
         if let Some(by) = denied {
@@ -248,6 +253,7 @@ impl Authorization {
         if allowing.peek().is_none() {
             return AuthorizationDecision::Unrestricted;
         }
+        let flow = flow.in_allow_rules();
         match allowing.find_map(|policy| policy.matching(&flow)) {
             Some(by) => AuthorizationDecision::Allowed(by),
             None => AuthorizationDecision::NotAllowed(UnmatchedPolicies(self)),
@@ -255,7 +261,10 @@ impl Authorization {
     }
 
     fn enforced(&self) -> impl Iterator<Item = &AuthorizationPolicy> {
-        self.0.iter().map(|policy| &**policy).filter(|policy| policy.enforcement == Enforcement::Enforced)
+        self.policies
+            .iter()
+            .map(|policy| &**policy)
+            .filter(|policy| policy.enforcement == Enforcement::Enforced)
     }
 
     fn allowing(&self) -> impl Iterator<Item = &AuthorizationPolicy> {
@@ -268,11 +277,11 @@ impl Authorization {
         let is_watched = |policy: &&Arc<AuthorizationPolicy>| {
             policy.action == Action::Audit || policy.enforcement == Enforcement::DryRun
         };
-        let watched: Vec<_> = self.0.iter().filter(is_watched).collect();
+        let watched: Vec<_> = self.policies.iter().filter(is_watched).collect();
         if watched.is_empty() {
             return Vec::new();
         }
-        let flow = FlowAttributes::of(flow);
+        let flow = FlowAttributes::of(flow, &self.aliases);
         watched.into_iter().filter_map(|policy| policy.matching(&flow)).collect()
     }
 }

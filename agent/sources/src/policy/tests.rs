@@ -24,7 +24,12 @@ const DEADLINE: Duration = Duration::from_secs(30);
 
 async fn open(server: &Server) -> Watched<Policies> {
     let config = Config::new(format!("http://{}", server.address()).parse().expect("a URL"));
-    start(config, "istio-system".into(), Mode::Disable).expect("a client").complete().await.expect("followed")
+    let settings = MeshSettings {
+        root_namespace: "istio-system".into(),
+        minimum: Mode::Disable,
+        aliases: Arc::default(),
+    };
+    start(config, settings).expect("a client").complete().await.expect("followed")
 }
 
 async fn opened(server: &Server) -> Watched<Policies> {

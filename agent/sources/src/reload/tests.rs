@@ -48,8 +48,32 @@ fn open(path: &Path, reread: Duration) -> Watched<String> {
     let text = file::read(path).expect("readable");
     let initial = parse(&text).expect("good");
     let hasher = RandomState::new();
-    let loaded = digest(&hasher, &Ok(text));
+    let loaded = digest(&hasher, &Ok(text.into_bytes()));
+    let named = path.to_owned();
+    let parse = move |content| Ok(parse(&file::text(&named, content)?)?);
     Watched::run(path.to_owned(), initial, Arc::new(parse), (hasher, loaded), reread)
+}
+
+#[tokio::test]
+async fn a_file_that_is_no_text_can_be_watched() {
+    let folder = TempFolder::new("content");
+    let file = folder.0.join("file.der");
+    fs::write(&file, [0x30, 0xff]).expect("written");
+    let even = |content: &[u8]| match content.len() % 2 {
+        0 => Ok(content.to_vec()),
+        _ => Err("an odd number of bytes".to_owned()),
+    };
+    let watched = Watched::open_content(&file, even).expect("even");
+    let mut states = watched.states();
+    fs::write(&file, [0x30]).expect("written");
+    let refused = states.wait_for(|state| state.refusals == 1).await.expect("watched").last_error.clone();
+    assert!(refused.expect("an error").contains("file.der: an odd number of bytes"));
+    assert_eq!(*watched.current(), [0x30, 0xff]);
+    fs::write(&file, [0x30, 0xfe, 1, 2]).expect("written");
+    states.wait_for(|state| state.loads == 2).await.expect("watched");
+    assert_eq!(*watched.current(), [0x30, 0xfe, 1, 2]);
+    let error = Watched::open_content(folder.0.join("none"), even).expect_err("there is none");
+    assert!(error.to_string().contains("none"), "{error}");
 }
 
 async fn until(

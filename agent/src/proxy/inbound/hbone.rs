@@ -7,6 +7,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     pin::pin,
     sync::Arc,
+    time::Duration,
 };
 
 use tacit_abi::tcp_port;
@@ -33,6 +34,9 @@ use crate::{
     telemetry::{Ends, FlowSpec, Reporter},
 };
 
+/// Limit for the flows of a peer that is not trusted any more to end by themselves. They need a few milliseconds.
+const REVOKED_MAX: Duration = Duration::from_secs(1);
+
 /// Serves one connection to its end. After a drain has begun, or without a stream for [`SERVER_IDLE`], the peer opens no more streams.
 pub(super) async fn serve(
     path: Arc<Proxy>,
@@ -46,12 +50,25 @@ pub(super) async fn serve(
         Ok(server) => server,
         Err(error) => return report_end(&path, &identity, error, peer, at),
     };
-    let (mut is_draining, mut is_closed) = (false, false);
+    let client = server.client().clone();
+    let mut revoked = pin!(authorize::peer_revoked(&path.rechecks, &pod, client.chain()));
+    let (mut is_draining, mut is_closed, mut is_revoked) = (false, false, false);
     let mut idle = pin!(sleep(SERVER_IDLE));
     loop {
         let next = tokio::select! {
             next = server.next() => next,
             () = path.drain.cut.cancelled() => return,
+            // Flows on the connection end by themselves, and report that.
+            revoked = &mut revoked, if !is_revoked => {
+                tracing::debug!(peer = %identity, detail = revoked.detail, "connection closed");
+                if !server.has_streams() {
+                    return;
+                }
+                (is_revoked, is_closed, is_draining) = (true, true, true);
+                server.drain();
+                idle.as_mut().reset(Instant::now() + REVOKED_MAX);
+                continue;
+            }
             // The pod takes no more flows. Those that are open go on.
             () = pod.closed.cancelled(), if !is_closed => {
                 (is_closed, is_draining) = (true, true);
@@ -63,7 +80,10 @@ pub(super) async fn serve(
                 server.drain();
                 continue;
             }
-            () = &mut idle, if !is_draining => {
+            () = &mut idle, if is_revoked || !is_draining => {
+                if is_revoked {
+                    return;
+                }
                 idle.as_mut().reset(Instant::now() + SERVER_IDLE);
                 if !server.has_streams() {
                     is_draining = true;
@@ -74,7 +94,9 @@ pub(super) async fn serve(
         };
         match next {
             Ok(Some(request)) => {
-                idle.as_mut().reset(Instant::now() + SERVER_IDLE);
+                if !is_revoked {
+                    idle.as_mut().reset(Instant::now() + SERVER_IDLE);
+                }
                 let stream = Stream {
                     path: path.clone(),
                     pod: pod.clone(),
@@ -151,8 +173,14 @@ impl Stream {
         // The kernel vouches for the address of the connection. The port is for the application's logs.
         let source = connect.client.filter(|claimed| claimed.ip() == peer.ip()).unwrap_or(*peer);
         let addresses = Addresses { source, destination: connect.destination };
-        let proven =
-            Proven { identity: client.identity(), not_after: client.not_after(), peer: peer.ip(), at: *at };
+        let proven = Proven {
+            identity: client.identity(),
+            not_after: client.not_after(),
+            chain: client.chain(),
+            own: pod.workload.identity.trust_domain(),
+            peer: peer.ip(),
+            at: *at,
+        };
         let flow = proven
             .check("CONNECT", source, connect.destination)
             .and_then(|flow| check_port(&flow).map(|()| flow))
@@ -164,7 +192,8 @@ impl Stream {
             path.telemetry.refused(&ends, refusal);
             request.refuse(answer(refusal.reason));
         };
-        let admitted = match flow.and_then(|flow| authorize::admit(&path.telemetry, pod, flow, &ends)) {
+        let proof = flow.map(|flow| (flow, client.chain().clone()));
+        let admitted = match proof.and_then(|proof| authorize::admit(&path.telemetry, pod, proof, &ends)) {
             Ok(admitted) => admitted,
             Err(refusal) => return refuse(request, &refusal),
         };
@@ -227,7 +256,9 @@ fn answer(reason: RefusalReason) -> Refused {
         RefusalReason::DeniedByPolicy
         | RefusalReason::NotAllowedByPolicy
         | RefusalReason::PlaintextInStrict
-        | RefusalReason::Expired => Refused::Policy,
+        | RefusalReason::Expired
+        | RefusalReason::CertificateRevoked
+        | RefusalReason::RevocationUnknown => Refused::Policy,
         _ => Refused::Unavailable,
     }
 }
@@ -244,6 +275,8 @@ mod tests {
             (RefusalReason::DeniedByPolicy, Refused::Policy),
             (RefusalReason::NotAllowedByPolicy, Refused::Policy),
             (RefusalReason::Expired, Refused::Policy),
+            (RefusalReason::CertificateRevoked, Refused::Policy),
+            (RefusalReason::RevocationUnknown, Refused::Policy),
             (RefusalReason::ReservedPort, Refused::Unavailable),
             (RefusalReason::ConnectionRefused, Refused::Unavailable),
             (RefusalReason::PodConnections, Refused::Unavailable),

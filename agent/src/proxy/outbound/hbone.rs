@@ -159,7 +159,10 @@ pub(super) async fn on_new(
     let window_bytes = path.shares.stream_window_bytes(pod.cgroup);
     let begun = connected.begin(window_bytes).await.map_err(|error| Refusal::new(error.reason(), error))?;
     let Some(place) = begun.0.place(window_bytes) else {
-        return Err(Refusal::new(RefusalReason::Expired, "the server's certificate has expired"));
+        return Err(Refusal::new(
+            RefusalReason::Expired,
+            "the server's certificate has expired, or was revoked after the handshake",
+        ));
     };
     hbone::start(path, key, begun, permit, connecting);
     let mut asked = ask(pod, &place, open).await.map_err(|error| refused(key, error))?;

@@ -144,6 +144,20 @@ pub(super) static CERTIFICATE_EXPIRY: Metric = Metric {
     labels: &["identity"],
     help: "When the certificate expires, since 1970.",
 };
+pub(super) static CRL_NEXT_UPDATE: Metric = Metric {
+    name: "tacit_crl_next_update_timestamp",
+    unit: Some(Unit::Seconds),
+    kind: MetricType::Gauge,
+    labels: &["issuer"],
+    help: "When the latest revocation list of the issuer expires, since 1970.",
+};
+pub(super) static CRL_REVOKED: Metric = Metric {
+    name: "tacit_crl_revoked_certificates",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &["issuer"],
+    help: "Certificates in the revocation lists of the issuer.",
+};
 pub(super) static CERTIFICATE_RENEWED: Metric = Metric {
     name: "tacit_certificate_last_renewal_timestamp",
     unit: Some(Unit::Seconds),

@@ -22,6 +22,7 @@ pub fn render(status: &Status, colour: bool) -> String {
     page.kernel(status);
     page.guard(status);
     page.certificates(status);
+    page.revocation_lists(status);
     page.sources(status);
     page.shares(status);
     page.flows(status);
@@ -262,6 +263,32 @@ impl Page {
         for certificate in &status.certificates {
             if let Some(error) = &certificate.last_error {
                 self.note(Style::Bad, &format!("{}: renewal failed: {error}", certificate.identity));
+            }
+        }
+    }
+
+    fn revocation_lists(&mut self, status: &Status) {
+        if status.revocation_lists.is_empty() {
+            return;
+        }
+        let mut table = Table::new(["ISSUER", "REVOKED", "MADE", "EXPIRES", "SIGNED"]);
+        for list in &status.revocation_lists {
+            let signed = match list.is_signed {
+                Some(true) => Cell::styled("yes", Style::Good),
+                Some(false) => Cell::styled("no", Style::Bad),
+                None => "no certificate seen".into(),
+            };
+            let (made, expires) = (list.this_update.into(), list.next_update.into());
+            table.row([(&list.issuer).into(), list.revoked.into(), made, expires, signed]);
+        }
+        self.section("REVOCATION LISTS", &table);
+        for list in &status.revocation_lists {
+            if list.seconds_left < 0 {
+                self.note(Style::Bad, &format!("the list of {} has expired", list.issuer));
+            }
+            if list.is_signed == Some(false) {
+                let text = format!("the list of {} is not signed by its key, and is not used", list.issuer);
+                self.note(Style::Bad, &text);
             }
         }
     }

@@ -137,6 +137,11 @@ pub(in crate::telemetry) fn sample() -> Status {
             certificate("web", 72_000, None),
             certificate("api", 600, Some("issuer is\u{1b}[31m away")),
         ],
+        revocation_lists: vec![
+            revocation_list("CN=root", 2_592_000, Some(true)),
+            revocation_list("CN=between", -60, None),
+            revocation_list("CN=old", 600, Some(false)),
+        ],
         sources: vec![SourceStatus {
             kind: SourceKind::Policy,
             file: "policy.yaml".to_owned(),
@@ -150,6 +155,17 @@ pub(in crate::telemetry) fn sample() -> Status {
         flows: FlowsStatus { live: 1200, opening: 2, list: vec![flow()] },
         pool: PoolStatus { idle_sessions: 5 },
         shares: vec![share("connections", Some("shop/web"), 64), share("handshakes", None, 0)],
+    }
+}
+
+fn revocation_list(issuer: &str, seconds_left: i64, is_signed: Option<bool>) -> RevocationListStatus {
+    RevocationListStatus {
+        issuer: issuer.to_owned(),
+        revoked: 3,
+        this_update: timestamp("2026-01-01T00:00:00Z"),
+        next_update: timestamp("2026-01-31T00:00:00Z"),
+        seconds_left,
+        is_signed,
     }
 }
 

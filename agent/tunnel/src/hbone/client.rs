@@ -166,11 +166,12 @@ impl Client {
     }
 
     /// Takes a place for one more flow, whose stream shall have a window of `window_bytes`. Returns `None` if the connection is full, ends,
-    /// or is of a certificate that has expired.
+    /// or is of a certificate that has expired or is revoked.
     #[must_use]
     pub fn place(&self, window_bytes: u32) -> Option<Place> {
         let Self { send, peer, state } = self;
-        if !self.is_open() || peer.not_after() <= SystemTime::now() {
+        let now = SystemTime::now();
+        if !self.is_open() || peer.not_after() <= now || peer.chain().check(now).is_err() {
             return None;
         }
         let most = send.current_max_send_streams().min(CLIENT_STREAMS_MAX);

@@ -11,6 +11,7 @@ use std::{
 use bytes::{Buf, Bytes, BytesMut};
 use h2::{RecvStream, SendStream};
 use tacit_core::spiffe::SpiffeId;
+use tacit_identity::peer_trust::PeerChain;
 
 use super::{
     tls_io::{Failure, TlsIo},
@@ -23,6 +24,7 @@ use crate::{TlsInfo, TunnelError, stream::Established};
 pub struct Peer {
     identity: SpiffeId,
     not_after: SystemTime,
+    chain: PeerChain,
     tls: TlsInfo,
     /// A second descriptor of the connection, to ask the peer's kernel.
     socket: OwnedFd,
@@ -33,10 +35,11 @@ impl Peer {
     pub(super) fn of(established: Established) -> io::Result<(Self, TlsIo)> {
         let (identity, tls) = (established.peer.clone(), established.tls);
         let not_after = established.peer_validity.not_after;
+        let chain = established.peer_chain.clone();
         let io = TlsIo::new(established);
         let socket = io.tcp().as_fd().try_clone_to_owned()?;
         let failure = io.failure().clone();
-        Ok((Self { identity, not_after, tls, socket, failure }, io))
+        Ok((Self { identity, not_after, chain, tls, socket, failure }, io))
     }
 
     /// Returns the identity in the peer's certificate.
@@ -49,6 +52,12 @@ impl Peer {
     #[must_use]
     pub fn not_after(&self) -> SystemTime {
         self.not_after
+    }
+
+    /// Returns the peer's certificates. Use the connection no more after one of them is revoked.
+    #[must_use]
+    pub fn chain(&self) -> &PeerChain {
+        &self.chain
     }
 
     /// Returns the negotiated TLS parameters.

@@ -34,6 +34,11 @@ impl TestIssuer {
         Self { issuer: Issuer::new(params, key), roots: Arc::new(roots) }
     }
 
+    /// Returns the root.
+    pub(crate) fn roots(&self) -> Arc<RootCertStore> {
+        Arc::clone(&self.roots)
+    }
+
     /// Issues credentials of `identity` in any trust domain, valid until `lifetime` after `now`.
     pub(crate) fn any(&self, identity: &SpiffeId, now: SystemTime, lifetime: Duration) -> Credentials {
         let params = leaf_params(&[identity.to_string()], now, lifetime).expect("ascii");

@@ -11,7 +11,10 @@ use rustls::{
 };
 use tokio::{io::Interest, net::TcpStream};
 
-use super::TunnelError;
+use super::{
+    TunnelError,
+    verify::{PeerCertificateError, VerifiedPeer, with_verdict},
+};
 use crate::record::{Schedule, record_bytes};
 
 /// Bytes per read, more than a flight of either side.
@@ -74,13 +77,26 @@ enum Step {
     Failed(TunnelError),
 }
 
-/// Runs `connection`'s handshake over `tcp` to its end; returns the bytes that the peer sent behind it.
-pub(crate) async fn run<C: Handshake>(tcp: &TcpStream, connection: &mut C) -> Result<Vec<u8>, TunnelError> {
+/// Runs `connection`'s handshake over `tcp` to its end. Returns the bytes that the peer sent behind it, and the verified peer.
+pub(crate) async fn run<C: Handshake>(
+    tcp: &TcpStream,
+    connection: &mut C,
+) -> Result<(Vec<u8>, VerifiedPeer), TunnelError> {
     let (mut incoming, mut outgoing) = (Vec::new(), Vec::new());
     // Bytes of `incoming` that rustls has seen, whole records only.
     let mut shown = 0;
+    let mut verified = None;
     loop {
-        let (step, discard) = process(connection, &mut incoming[..shown], &mut outgoing);
+        let ((step, discard), verdict) =
+            with_verdict(|| process(connection, &mut incoming[..shown], &mut outgoing));
+        let step = match verdict {
+            Some(Err(refusal)) => Step::Failed(refusal.into()),
+            Some(Ok(peer)) => {
+                verified = Some(peer);
+                step
+            }
+            None => step,
+        };
         incoming.drain(..discard);
         shown -= discard;
         match step {
@@ -91,7 +107,10 @@ pub(crate) async fn run<C: Handshake>(tcp: &TcpStream, connection: &mut C) -> Re
                     receive(tcp, &mut incoming).await?;
                 }
             }
-            Step::Done => return Ok(incoming.split_off(shown)),
+            Step::Done => {
+                let peer = verified.ok_or(PeerCertificateError::NoClientCertificate)?;
+                return Ok((incoming.split_off(shown), peer));
+            }
             Step::Failed(error) => {
                 // The next output is the alert, if there is one. rustls must not process the same input again.
                 // Send the alert only if the socket accepts it at once.

@@ -1,5 +1,8 @@
 //! Tests of the TLS requirements and the reason of each rejection.
 
+mod revocation;
+mod trust_domains;
+
 use std::time::SystemTime;
 
 use rustls::{SignatureScheme, client::ResolvesClientCert, sign::CertifiedKey};

@@ -53,6 +53,47 @@ fn values_reach_the_objects() {
     assert!(!objects.keys().any(|name| name.contains("Namespace/")), "made by --create-namespace");
 }
 
+#[test]
+fn revocation_lists_are_mounted_where_the_agent_reads_them() {
+    let with = |crl: Value| {
+        let objects = chart::objects(&workspace(), "mesh", &json!({ "crl": crl })).expect("chart");
+        let objects = by_name(objects);
+        let spec = objects["\"mesh\" DaemonSet/tacit-agent"]["spec"]["template"]["spec"].clone();
+        let text = objects["\"mesh\" ConfigMap/tacit-agent"]["data"]["tacit.yaml"].as_str().expect("text");
+        (parse(text).expect("YAML")["crl"].clone(), spec)
+    };
+    let named =
+        |list: &Value| list.as_array().expect("a list").iter().find(|entry| entry["name"] == "crl").cloned();
+    let (config, spec) = with(json!({}));
+    assert_eq!((config, named(&spec["volumes"])), (Value::Null, None));
+    let (config, spec) = with(json!({"configMap": "lists", "key": "all.pem", "unknownStatus": "ALLOW"}));
+    assert_eq!(config, json!({"file": "/var/run/tacit/crl/all.pem", "unknownStatus": "ALLOW"}));
+    let volume = named(&spec["volumes"]).expect("a volume");
+    assert_eq!(volume, json!({"name": "crl", "configMap": {"name": "lists"}}), "not optional");
+    let mount = named(&spec["containers"][0]["volumeMounts"]).expect("a mount");
+    assert_eq!(mount, json!({"name": "crl", "mountPath": "/var/run/tacit/crl", "readOnly": true}));
+}
+
+#[test]
+fn trust_domains_reach_the_configuration_with_their_roots() {
+    let domains =
+        json!([{"trustDomain": "partner.example", "rootFile": "/var/run/tacit/federation/partner.pem"}]);
+    let changed = json!({
+        "trustDomainAliases": ["old.example"],
+        "federation": {"configMap": "roots", "domains": domains},
+    });
+    let objects = by_name(chart::objects(&workspace(), "mesh", &changed).expect("chart"));
+    let text = objects["\"mesh\" ConfigMap/tacit-agent"]["data"]["tacit.yaml"].as_str().expect("text");
+    let config = parse(text).expect("YAML");
+    assert_eq!((&config["trustDomainAliases"], &config["federation"]), (&json!(["old.example"]), &domains));
+    let spec = &objects["\"mesh\" DaemonSet/tacit-agent"]["spec"]["template"]["spec"];
+    let volumes = spec["volumes"].as_array().expect("a list");
+    assert!(volumes.contains(&json!({"name": "federation", "configMap": {"name": "roots"}})), "{volumes:?}");
+    let mounts = spec["containers"][0]["volumeMounts"].as_array().expect("a list");
+    let mount = json!({"name": "federation", "mountPath": "/var/run/tacit/federation", "readOnly": true});
+    assert!(mounts.contains(&mount), "{mounts:?}");
+}
+
 /// Helm checks values with the patterns that the agent checks its configuration with, and knows every value.
 #[test]
 fn the_schema_of_values_is_that_of_the_configuration() {

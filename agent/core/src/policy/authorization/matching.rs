@@ -54,6 +54,11 @@ impl<S: ValueSet> ValueMatch<S> {
         self.any.is_none() && self.none.is_none()
     }
 
+    /// Returns true if one of a list is asked for.
+    pub(super) fn asks(&self) -> bool {
+        self.any.is_some()
+    }
+
     /// Returns true if one of a list is asked for, and nothing is excluded.
     pub(super) fn is_one_of(&self) -> bool {
         self.any.is_some() && self.none.is_none()

@@ -3,7 +3,10 @@
 use std::net::IpAddr;
 
 use super::matching::{Blocks, Patterns, PortSet, ServiceAccounts, ValueMatch};
-use crate::{policy::Flow, spiffe::SpiffeId};
+use crate::{
+    policy::{Flow, FlowSource},
+    spiffe::{SpiffeId, TrustDomain},
+};
 
 /// Matches a flow that one of its sources, one of its operations and all of its conditions match; an empty list of
 /// sources or operations matches any.
@@ -51,60 +54,90 @@ pub(super) enum Condition {
     DestinationPort(ValueMatch<PortSet>),
 }
 
-/// In principals, this stands for the mesh's own trust domain, whatever that is called, as Istio has it. Identities of other
-/// trust domains do not come here: the tunnel refuses them.
+/// In principals, this stands for the mesh's own trust domain, whatever that is called, as Istio has it. An identity of a federated
+/// trust domain has its own name only.
 const OWN_DOMAIN: &str = "cluster.local";
 
 /// The attributes of a flow that rules match.
 pub(super) struct FlowAttributes<'a> {
     identity: Option<&'a SpiffeId>,
-    /// The identity as policies write it, without `spiffe://`: by its trust domain, and by [`OWN_DOMAIN`].
+    /// The identity as policies write it, without `spiffe://`: by its trust domain. If that is the mesh's own, by its aliases and by
+    /// [`OWN_DOMAIN`] too.
     principals: Vec<String>,
+    /// The trust domain and its aliases.
+    trust_domains: Vec<&'a str>,
+    /// Of a federated trust domain.
+    is_federated: bool,
+    /// A rule that says nothing of trust domains means the namespaces and accounts of the mesh's own.
+    is_own_meant: bool,
     client: IpAddr,
     server: IpAddr,
     port: u16,
 }
 
 impl<'a> FlowAttributes<'a> {
-    pub(super) fn of(flow: &'a Flow) -> Self {
+    /// `aliases` are other names of the mesh's own trust domain.
+    pub(super) fn of(flow: &'a Flow, aliases: &'a [TrustDomain]) -> Self {
         let identity = flow.source.identity();
+        let is_federated = matches!(flow.source, FlowSource::Federated(_));
+        let mut trust_domains: Vec<&str> = identity.iter().map(|id| id.trust_domain().as_str()).collect();
+        if identity.is_some() && !is_federated {
+            trust_domains.extend(aliases.iter().map(TrustDomain::as_str));
+        }
         let principals = identity.map_or_else(Vec::new, |id| {
             let of = |domain: &str| format!("{domain}/ns/{}/sa/{}", id.namespace(), id.service_account());
-            let own = id.trust_domain().to_string();
-            if own == OWN_DOMAIN { vec![of(&own)] } else { vec![of(&own), of(OWN_DOMAIN)] }
+            let stands_for_own = !is_federated && !trust_domains.contains(&OWN_DOMAIN);
+            let domains = trust_domains.iter().copied().chain(stands_for_own.then_some(OWN_DOMAIN));
+            domains.map(of).collect()
         });
         Self {
             identity,
             principals,
+            trust_domains,
+            is_federated,
+            is_own_meant: false,
             client: flow.client.to_canonical(),
             server: flow.destination.ip().to_canonical(),
             port: flow.destination.port(),
         }
     }
 
+    /// Returns the attributes for ALLOW rules. There, a rule for namespaces or accounts admits none of a federated trust domain, unless
+    /// it names that: both domains may have a namespace of the same name. Other rules match both, so that they deny more.
+    pub(super) fn in_allow_rules(self) -> Self {
+        Self { is_own_meant: true, ..self }
+    }
+
     fn has_principal(&self, patterns: &Patterns) -> bool {
         self.principals.iter().any(|principal| patterns.matches(principal))
     }
 
-    fn has_namespace(&self, patterns: &Patterns) -> bool {
-        self.identity.is_some_and(|identity| patterns.matches(identity.namespace()))
+    /// `by_domain` if the rule asks for trust domains too.
+    fn has_namespace(&self, patterns: &Patterns, by_domain: bool) -> bool {
+        self.named(by_domain).is_some_and(|identity| patterns.matches(identity.namespace()))
     }
 
     /// [`OWN_DOMAIN`] is no alias here: a policy that names a trust domain means that domain.
     fn has_trust_domain(&self, patterns: &Patterns) -> bool {
-        self.identity.is_some_and(|id| patterns.matches(id.trust_domain().as_str()))
+        self.trust_domains.iter().any(|domain| patterns.matches(domain))
     }
 
-    fn has_account(&self, accounts: &ServiceAccounts) -> bool {
-        self.identity.is_some_and(|identity| accounts.has(identity))
+    fn has_account(&self, accounts: &ServiceAccounts, by_domain: bool) -> bool {
+        self.named(by_domain).is_some_and(|identity| accounts.has(identity))
+    }
+
+    /// The identity, if its namespace and account may be meant.
+    fn named(&self, by_domain: bool) -> Option<&SpiffeId> {
+        self.identity.filter(|_| by_domain || !self.is_federated || !self.is_own_meant)
     }
 }
 
 impl SourceMatch {
     fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
+        let by_domain = self.principals.asks() || self.trust_domains.asks();
         self.principals.holds(|patterns| flow.has_principal(patterns))
-            && self.namespaces.holds(|patterns| flow.has_namespace(patterns))
-            && self.service_accounts.holds(|accounts| flow.has_account(accounts))
+            && self.namespaces.holds(|patterns| flow.has_namespace(patterns, by_domain))
+            && self.service_accounts.holds(|accounts| flow.has_account(accounts, by_domain))
             && self.trust_domains.holds(|patterns| flow.has_trust_domain(patterns))
             && self.blocks.holds(|blocks| blocks.contain(flow.client))
     }
@@ -185,8 +218,8 @@ impl Condition {
     fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
         match self {
             Self::SourceIp(blocks) => blocks.holds(|blocks| blocks.contain(flow.client)),
-            Self::SourceNamespace(patterns) => patterns.holds(|patterns| flow.has_namespace(patterns)),
-            Self::SourceAccount(accounts) => accounts.holds(|accounts| flow.has_account(accounts)),
+            Self::SourceNamespace(patterns) => patterns.holds(|patterns| flow.has_namespace(patterns, false)),
+            Self::SourceAccount(accounts) => accounts.holds(|accounts| flow.has_account(accounts, false)),
             Self::SourcePrincipal(patterns) => patterns.holds(|patterns| flow.has_principal(patterns)),
             Self::SourceTrustDomain(patterns) => patterns.holds(|patterns| flow.has_trust_domain(patterns)),
             Self::DestinationIp(blocks) => blocks.holds(|blocks| blocks.contain(flow.server)),

@@ -1,5 +1,7 @@
 //! Tables: each matcher, negation, scope, action and field that needs HTTP; what a flow with this or that source meets.
 
+mod trust_domains;
+
 use std::path::Path;
 
 use super::*;

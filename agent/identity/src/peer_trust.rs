@@ -1,0 +1,223 @@
+//! What peers are held to beside the roots that came with the own certificate. It is the same for all identities of a node.
+//!
+//! The trust domain in a certificate chooses the roots that its chain must lead to. They are exclusive in both directions:
+//!
+//! | trust domain | roots | counts as |
+//! |---|---|---|
+//! | the own one | the own ones | itself |
+//! | an alias | the own ones | the own one |
+//! | a federated one | those of that domain | itself |
+//! | any other | the own ones | refused |
+//!
+//! The choice is made before the chain is verified, so a certificate that lies about its domain fails against the roots of that domain.
+
+#[cfg(test)]
+mod tests;
+
+use std::{collections::HashMap, fmt, sync::Arc, time::SystemTime};
+
+use rustls::RootCertStore;
+use tacit_core::{
+    refusal::RefusalReason,
+    spiffe::{SpiffeId, TrustDomain},
+};
+use tokio::sync::watch;
+use webpki::VerifiedPath;
+
+use crate::{
+    certificate, istio,
+    revocation::{CertificateChain, RevocationCheck, Unaccepted},
+};
+
+/// The conditions of trust in peers.
+#[derive(Debug, Default)]
+pub struct PeerTrust {
+    /// Revocation lists.
+    pub revocation: RevocationCheck,
+    /// Trust domains beside the own one.
+    pub domains: TrustDomains,
+}
+
+/// Trust domains beside the own one. None of them is the own one: that is asked first.
+#[derive(Debug, Default)]
+pub struct TrustDomains {
+    aliases: Vec<TrustDomain>,
+    federated: HashMap<TrustDomain, FederatedDomain>,
+}
+
+/// The roots of a trust domain, at least one.
+pub type DomainRoots = RootCertStore;
+
+/// A federated trust domain.
+#[derive(Debug, Clone)]
+pub struct FederatedDomain {
+    /// Its name.
+    pub name: TrustDomain,
+    /// Its roots. A root that is removed ends the flows that it has vouched for.
+    pub roots: watch::Receiver<Arc<DomainRoots>>,
+}
+
+/// The standing of a trust domain.
+#[derive(Debug, Clone, Copy)]
+pub enum Standing<'a> {
+    /// The own domain.
+    Own,
+    /// Another name of the own domain.
+    Alias,
+    /// A federated domain.
+    Federated(&'a FederatedDomain),
+    /// Not trusted.
+    Other,
+}
+
+impl TrustDomains {
+    /// Aliases of the own domain, and federated domains.
+    #[must_use]
+    pub fn new(aliases: Vec<TrustDomain>, federated: impl IntoIterator<Item = FederatedDomain>) -> Self {
+        let federated = federated.into_iter().map(|domain| (domain.name.clone(), domain)).collect();
+        Self { aliases, federated }
+    }
+
+    /// Returns the standing of `domain` in a mesh of trust domain `own`.
+    #[must_use]
+    pub fn standing(&self, domain: &TrustDomain, own: &TrustDomain) -> Standing<'_> {
+        if domain == own {
+            Standing::Own
+        } else if self.aliases.contains(domain) {
+            Standing::Alias
+        } else {
+            self.federated.get(domain).map_or(Standing::Other, Standing::Federated)
+        }
+    }
+
+    /// Returns the federated domains.
+    pub fn federated(&self) -> impl Iterator<Item = &FederatedDomain> {
+        self.federated.values()
+    }
+}
+
+impl Standing<'_> {
+    /// Returns the identity by which a peer of this standing goes in a mesh of trust domain `own`. `None` if it is not trusted.
+    #[must_use]
+    pub fn identity(&self, presented: &SpiffeId, own: &TrustDomain) -> Option<SpiffeId> {
+        match self {
+            Self::Own | Self::Federated(_) => Some(presented.clone()),
+            Self::Alias => Some(presented.in_domain(own)),
+            Self::Other => None,
+        }
+    }
+}
+
+/// Parses the roots of a federated domain in PEM, at least one.
+///
+/// # Errors
+/// What is wrong with the text.
+pub fn roots(pem: &[u8]) -> Result<DomainRoots, String> {
+    istio::store(certificate::list(pem).map_err(|error| error.to_string())?)
+}
+
+impl PeerTrust {
+    /// Returns what may end the trust in a peer whose chain webpki has verified.
+    #[must_use]
+    pub fn chain_of(&self, path: &VerifiedPath<'_>, standing: Standing<'_>) -> PeerChain {
+        let certificates = self.revocation.chain_of(path);
+        let root = match standing {
+            Standing::Federated(domain) => {
+                let anchor = path.anchor();
+                let (name, key) = (&anchor.subject[..], &anchor.subject_public_key_info[..]);
+                Some(FederatedRoot { domain: domain.clone(), name: name.into(), key: key.into() })
+            }
+            Standing::Own | Standing::Alias | Standing::Other => None,
+        };
+        if certificates.is_unchecked() && root.is_none() {
+            return PeerChain::default();
+        }
+        PeerChain(Some(Arc::new(Proof { certificates, root })))
+    }
+}
+
+/// What may end the trust in a verified peer: its certificates, and the root of its domain. Empty if neither can. A clone shares it.
+#[derive(Debug, Clone, Default)]
+pub struct PeerChain(Option<Arc<Proof>>);
+
+#[derive(Debug)]
+struct Proof {
+    certificates: CertificateChain,
+    /// The root of a federated peer.
+    root: Option<FederatedRoot>,
+}
+
+#[derive(Debug)]
+struct FederatedRoot {
+    domain: FederatedDomain,
+    name: Box<[u8]>,
+    key: Box<[u8]>,
+}
+
+impl FederatedRoot {
+    fn is_trusted(&self) -> bool {
+        let roots = self.domain.roots.borrow();
+        let is_this = |root: &rustls::pki_types::TrustAnchor<'_>| {
+            root.subject[..] == *self.name && root.subject_public_key_info[..] == *self.key
+        };
+        roots.roots.iter().any(is_this)
+    }
+}
+
+/// Why a peer is not trusted any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Distrust {
+    /// A certificate is revoked, or that is not known.
+    Certificate(Unaccepted),
+    /// The root that has vouched for a federated peer is no longer one of its domain.
+    RootRemoved(TrustDomain),
+}
+
+impl Distrust {
+    /// Returns the reason for which the connection is refused.
+    #[must_use]
+    pub fn reason(&self) -> RefusalReason {
+        match self {
+            Self::Certificate(Unaccepted { unknown: None, .. }) => RefusalReason::CertificateRevoked,
+            Self::Certificate(Unaccepted { unknown: Some(_), .. }) => RefusalReason::RevocationUnknown,
+            Self::RootRemoved(_) => RefusalReason::UnknownIssuer,
+        }
+    }
+}
+
+impl fmt::Display for Distrust {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Certificate(unaccepted) => unaccepted.fmt(f),
+            Self::RootRemoved(domain) => {
+                write!(f, "the root that vouched for the peer is no longer one of trust domain {domain}")
+            }
+        }
+    }
+}
+
+impl PeerChain {
+    /// Returns true if there is nothing to check, now and later.
+    #[must_use]
+    pub fn is_unchecked(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// Checks the latest lists and roots, for a new session or flow.
+    ///
+    /// # Errors
+    /// [`Distrust`].
+    pub fn check(&self, now: SystemTime) -> Result<(), Distrust> {
+        let Some(proof) = &self.0 else { return Ok(()) };
+        if let Some(root) = proof.root.as_ref().filter(|root| !root.is_trusted()) {
+            return Err(Distrust::RootRemoved(root.domain.name.clone()));
+        }
+        proof.certificates.check(now).map_err(Distrust::Certificate)
+    }
+
+    /// Returns why a live flow must end. Unknown status of a certificate is no reason.
+    #[must_use]
+    pub fn revoked(&self, now: SystemTime) -> Option<Distrust> {
+        self.check(now).err().filter(|distrust| distrust.reason() != RefusalReason::RevocationUnknown)
+    }
+}
