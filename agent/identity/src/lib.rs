@@ -7,6 +7,7 @@
 //! | `issuer`, `root` | the embedded issuer, and its root on disk |
 //! | `template` | the template of a leaf certificate, serial numbers |
 //! | `istio` | a client of Istio's CA API: Tacit's authority, istiod, istio-csr |
+//! | `spire` | a client of SPIRE: the Delegated Identity API and the Workload API |
 //! | `manager` | keeps the credentials of every workload of the node current |
 //! | `atomic_file` | small files that are written whole or not at all |
 #![forbid(unsafe_code)]
@@ -19,4 +20,5 @@ pub mod issuer;
 pub mod istio;
 pub mod manager;
 pub mod root;
+pub mod spire;
 pub mod template;

@@ -1,6 +1,6 @@
 //! Keeps the credentials of every workload of the node current.
 //!
-//! One task an identity asks the issuer when `renewal` says so. Readers take the latest snapshot without waiting; what has
+//! One task an identity asks the issuer when `renewal` says so, or follows what SPIRE sends. Readers take the latest snapshot without waiting; what has
 //! expired is never handed out, even when the task is late.
 
 use std::{
@@ -25,6 +25,7 @@ use tracing::{error, info, warn};
 use super::{
     credentials::Credentials,
     issuer::{IssueError, Issuer},
+    spire::SpireIssuer,
 };
 
 /// One attempt to get a certificate takes this long at most.
@@ -255,40 +256,65 @@ async fn keep_current(
     shared: Arc<Shared>,
     changes: watch::Sender<()>,
 ) {
+    if let Issuer::Spire(spire) = &*issuer {
+        return follow(identity, spire, &shared, &changes).await;
+    }
     loop {
         // Drawn once a pause: a new draw at every look would move the moment waited for.
         let schedule = shared.schedule();
-        let held = loop {
+        let holds_another = loop {
             let now = SystemTime::now();
             match schedule.next(now) {
                 Renewal::Wait(until) => {
                     sleep(until.duration_since(now).unwrap_or_default().min(LONGEST_SLEEP)).await;
                 }
-                Renewal::Renew => break "still valid",
-                Renewal::Expired => break "none",
+                Renewal::Renew => break true,
+                Renewal::Expired => break false,
             }
         };
         let attempt = timeout(ISSUE_TIMEOUT, issuer.issue(&identity)).await;
-        match attempt.unwrap_or(Err(IssueError::Timeout(ISSUE_TIMEOUT))) {
-            Ok(credentials) => {
-                info!(%identity, serial = &*credentials.serial, "certificate issued");
-                shared.succeeded(credentials);
-            }
-            Err(failure) => {
-                if held == "none" {
-                    error!(%identity, %failure, "no certificate: traffic of this identity is refused");
-                } else {
-                    warn!(%identity, %failure, "certificate not renewed, the old one stays in use");
-                }
-                shared.failed(failure);
-            }
-        }
+        let outcome = attempt.unwrap_or(Err(IssueError::Timeout(ISSUE_TIMEOUT)));
+        note(&identity, outcome, holds_another, &shared);
         changes.send_replace(());
     }
 }
 
+/// Keeps the latest credentials that SPIRE has sent for `identity`.
+async fn follow(identity: SpiffeId, spire: &SpireIssuer, shared: &Shared, changes: &watch::Sender<()>) {
+    let mut subscription = match spire.subscribe(&identity) {
+        Ok(subscription) => subscription,
+        Err(failure) => {
+            note(&identity, Err(failure), false, shared);
+            changes.send_replace(());
+            return;
+        }
+    };
+    loop {
+        let outcome = subscription.next().await;
+        note(&identity, outcome, shared.usable(SystemTime::now()).is_some(), shared);
+        changes.send_replace(());
+    }
+}
+
+fn note(identity: &SpiffeId, outcome: Result<Credentials, IssueError>, holds_another: bool, shared: &Shared) {
+    match outcome {
+        Ok(credentials) => {
+            info!(%identity, serial = &*credentials.serial, "certificate issued");
+            shared.succeeded(credentials);
+        }
+        Err(failure) => {
+            if holds_another {
+                warn!(%identity, %failure, "certificate not renewed, the old one stays in use");
+            } else {
+                error!(%identity, %failure, "no certificate: traffic of this identity is refused");
+            }
+            shared.failed(failure);
+        }
+    }
+}
+
 /// Random; without randomness the middle, as retries then only lose their spread.
-fn jitter() -> u8 {
+pub(crate) fn jitter() -> u8 {
     let mut byte = [128];
     match aws_lc_rs::default_provider().secure_random.fill(&mut byte) {
         Ok(()) => byte[0],
