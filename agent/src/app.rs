@@ -34,6 +34,7 @@ mod cover;
 mod kernel_shares;
 mod node_addresses;
 mod node_state;
+mod pod_uids;
 mod report;
 mod sandboxes;
 mod sources;

@@ -12,6 +12,7 @@ use tacit_identity::{
     issuer::{EmbeddedIssuer, Issuer},
     istio::{IstioIssuer, PublishedRoots},
     manager::Identities,
+    spire::SpireIssuer,
 };
 use tacit_kernel::{
     Kernel, KernelError, SuccessorLock, VerifierLog,
@@ -30,6 +31,7 @@ use crate::{
         attachment::Attachment,
         cover::{Cover, kept_state},
         node_state::{self, Kept},
+        pod_uids,
         report::Report,
         sandboxes::{self, Sandboxes},
         sources::Sources,
@@ -80,7 +82,7 @@ pub(super) async fn start(
     let Some(complete) = signals.before(complete).await else { return Ok(Started::Ended(Ended::ByRequest)) };
     let Some(complete) = complete else { return Ok(Started::Ended(Ended::StartAgain)) };
     let (directory, policies) = complete?;
-    let identities = Arc::new(Identities::start(issuer(config).await?));
+    let identities = Arc::new(Identities::start(issuer(config, &directory).await?));
     let kernel = async {
         let Some(cover) = cover else {
             let prepare = || Kernel::prepare(&config.pin_path, &node.pods_cgroup, verifier_log);
@@ -165,7 +167,7 @@ impl Operator {
     }
 }
 
-async fn issuer(config: &Config) -> Result<Issuer, AppError> {
+async fn issuer(config: &Config, directory: &Watched<Directory>) -> Result<Issuer, AppError> {
     match &config.issuer {
         IssuerConfig::Embedded { directory, leaf_lifetime } => {
             let issuer = EmbeddedIssuer::open(directory, &config.trust_domain, *leaf_lifetime)?;
@@ -184,6 +186,10 @@ async fn issuer(config: &Config) -> Result<Issuer, AppError> {
                 Box::pin(async move { reader.read().await })
             });
             Ok(Issuer::Istio(issuer.with_published_roots(published)))
+        }
+        IssuerConfig::Spire(spire) => {
+            let pods = pod_uids::follow(directory.subscribe(), config.node.clone());
+            Ok(Issuer::Spire(SpireIssuer::new(spire.clone(), config.trust_domain.clone(), pods)))
         }
     }
 }
