@@ -182,9 +182,12 @@ pub struct Subscription {
     svids: Stream,
     bundles: Stream,
     /// The messages that the latest outcome is of. Later ones are compared by their address.
-    judged: Option<(Arc<Vec<Svid>>, Option<Arc<Bundles>>)>,
+    judged: Option<Judged>,
     reported: [Option<Arc<SpireError>>; 2],
 }
+
+/// Messages with SVIDs and, if they were needed, with bundles.
+type Judged = (Arc<Vec<Svid>>, Option<Arc<Bundles>>);
 
 impl SpireIssuer {
     /// Returns an issuer for identities of `trust_domain`. `pods` has the pods of this node, whose UIDs are among the selectors. Nothing
