@@ -24,11 +24,7 @@ pub(super) async fn connect(path: &Path) -> Result<Channel, SpireError> {
     let stream = UnixStream::connect(path).await.map_err(|e| refuse(absent(&e)))?;
     let user = stream.peer_cred().map_err(|e| refuse(format!("the user behind it is unknown: {e}")))?.uid();
     let own = std::fs::metadata("/proc/self").map_err(|e| refuse(format!("/proc: {e}")))?.uid();
-    if user != 0 && user != own {
-        return Err(refuse(format!(
-            "the process behind it runs as user {user}, expected root or the agent's user {own}"
-        )));
-    }
+    check_user(user, own).map_err(refuse)?;
     let settings = Settings {
         origin: "http://localhost".to_owned(),
         message_max_bytes: api::MESSAGE_MAX_BYTES,
@@ -46,5 +42,28 @@ fn absent(error: &io::Error) -> String {
         }
         io::ErrorKind::ConnectionRefused => "nobody listens; is the SPIRE agent running on this node?".to_owned(),
         _ => format!("cannot connect: {error}"),
+    }
+}
+
+/// Checks the user of the process behind the socket. `own` is the user of the agent.
+fn check_user(user: u32, own: u32) -> Result<(), String> {
+    if user == 0 || user == own {
+        return Ok(());
+    }
+    Err(format!("the process behind it runs as user {user}, expected root or the agent's user {own}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check_user;
+
+    #[test]
+    fn only_root_and_the_agents_user_may_supply_keys() {
+        for (user, own, is_trusted) in
+            [(0, 0, true), (0, 7, true), (7, 7, true), (7, 0, false), (8, 7, false)]
+        {
+            assert_eq!(check_user(user, own).is_ok(), is_trusted, "{user} {own}");
+        }
+        assert!(check_user(7, 0).expect_err("refused").contains("user 7"));
     }
 }
