@@ -52,6 +52,11 @@ pub enum IssueError {
     /// SPIRE gave none.
     #[error("{0}")]
     Spire(#[source] Arc<SpireError>),
+    /// SPIRE has not renewed an SVID.
+    #[error(
+        "the certificate has expired, and SPIRE has sent no other one; can the SPIRE agent reach its server?"
+    )]
+    NotRenewed,
     /// The issuer did not answer in time.
     #[error("the issuer did not answer within {0:?}")]
     Timeout(Duration),

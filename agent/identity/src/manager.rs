@@ -289,10 +289,28 @@ async fn follow(identity: SpiffeId, spire: &SpireIssuer, shared: &Shared, change
             return;
         }
     };
+    let mut expires = None;
     loop {
-        let outcome = subscription.next().await;
+        let outcome = tokio::select! {
+            outcome = subscription.next() => outcome,
+            () = sleep_until(expires) => Err(IssueError::NotRenewed),
+        };
+        match &outcome {
+            Ok(credentials) => expires = Some(credentials.not_after),
+            Err(IssueError::NotRenewed) => expires = None,
+            Err(_) => {}
+        }
         note(&identity, outcome, shared.usable(SystemTime::now()).is_some(), shared);
         changes.send_replace(());
+    }
+}
+
+/// Waits until a moment has passed by the wall clock, which may be set meanwhile. Without a moment it never ends.
+async fn sleep_until(moment: Option<SystemTime>) {
+    let Some(moment) = moment else { return std::future::pending().await };
+    while let Ok(left) = moment.duration_since(SystemTime::now()) {
+        // Above zero, and past the moment.
+        sleep(left.min(LONGEST_SLEEP) + Duration::from_millis(1)).await;
     }
 }
 

@@ -311,7 +311,8 @@ impl Subscription {
                 return Some(self.choose(svids, roots).map_err(Arc::new));
             }
         }
-        let problems = [svids.problem, bundles.problem];
+        // The Workload API has one stream for both.
+        let problems = [svids.problem, bundles.problem.filter(|_| self.api == SpireApi::Delegated)];
         for (problem, reported) in problems.into_iter().zip(&mut self.reported) {
             if let Some(problem) = problem
                 && !reported.as_ref().is_some_and(|reported| Arc::ptr_eq(reported, &problem))

@@ -194,6 +194,25 @@ async fn an_svid_or_a_bundle_that_has_expired_is_refused() {
 }
 
 #[tokio::test]
+async fn an_svid_that_expires_without_another_one_is_reported() {
+    let ca = Ca::new(DOMAIN);
+    let spire = Spire::start();
+    spire.bundles(Step::Send(ca.bundles()));
+    spire.svids(Step::Send(ca.svids_for(&[WEB], Duration::from_secs(2))));
+    let identities = Identities::start(Issuer::Spire(issuer(&spire, SpireApi::Delegated)));
+    let mut changes = identities.changes();
+    let is_reported = || matches!(identities.ready(&web()), Err(IssueError::NotRenewed));
+    while !is_reported() {
+        timeout(LONG, changes.changed()).await.expect("a report").expect("attempts");
+    }
+    assert!(identities.current(&web()).is_none());
+    spire.svids(Step::Send(ca.svids(&[WEB])));
+    while identities.ready(&web()).is_err() {
+        timeout(LONG, changes.changed()).await.expect("another SVID").expect("attempts");
+    }
+}
+
+#[tokio::test]
 async fn a_delegate_that_is_not_authorized_is_told_what_to_do() {
     let spire = Spire::start();
     let denied =

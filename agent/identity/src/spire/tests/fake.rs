@@ -272,31 +272,37 @@ impl Ca {
     }
 
     pub(super) fn svids(&self, ids: &[&str]) -> SvidsResponse {
-        SvidsResponse { svids: ids.iter().map(|id| self.svid(id, SystemTime::now())).collect() }
+        self.svids_for(ids, Duration::from_secs(3600))
+    }
+
+    /// SVIDs that expire after `lifetime`.
+    pub(super) fn svids_for(&self, ids: &[&str], lifetime: Duration) -> SvidsResponse {
+        let svid = |id: &&str| self.svid(id, SystemTime::now(), lifetime);
+        SvidsResponse { svids: ids.iter().map(svid).collect() }
     }
 
     pub(super) fn expired_svids(&self, id: &str) -> SvidsResponse {
         let long_ago = SystemTime::now() - Duration::from_secs(7200);
-        SvidsResponse { svids: vec![self.svid(id, long_ago)] }
+        SvidsResponse { svids: vec![self.svid(id, long_ago, Duration::from_secs(3600))] }
     }
 
-    fn svid(&self, id: &str, now: SystemTime) -> SvidWithKey {
-        let (chain, key) = self.leaf(id, now);
+    fn svid(&self, id: &str, now: SystemTime, lifetime: Duration) -> SvidWithKey {
+        let (chain, key) = self.leaf(id, now, lifetime);
         SvidWithKey { svid: Some(Svid { chain: vec![chain] }), key }
     }
 
     /// The answer of the Workload API.
     pub(super) fn own(&self, ids: &[&str]) -> WorkloadResponse {
         let svid = |id: &&str| {
-            let (chain, key) = self.leaf(id, SystemTime::now());
+            let (chain, key) = self.leaf(id, SystemTime::now(), Duration::from_secs(3600));
             WorkloadSvid { id: (*id).to_owned(), chain, key, bundle: self.root() }
         };
         WorkloadResponse { svids: ids.iter().map(svid).collect(), federated: BTreeMap::new() }
     }
 
-    fn leaf(&self, id: &str, now: SystemTime) -> (Vec<u8>, Vec<u8>) {
+    fn leaf(&self, id: &str, now: SystemTime, lifetime: Duration) -> (Vec<u8>, Vec<u8>) {
         let key = KeyPair::generate().expect("a key");
-        let params = leaf_params(&[id.to_owned()], now, Duration::from_secs(3600)).expect("valid");
+        let params = leaf_params(&[id.to_owned()], now, lifetime).expect("valid");
         let leaf = params.signed_by(&key, &self.issuer).expect("signed");
         (leaf.der().to_vec(), key.serialize_der())
     }
