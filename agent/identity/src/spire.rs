@@ -21,7 +21,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rustls::RootCertStore;
+use rustls::{RootCertStore, pki_types::CertificateDer};
 use tacit_core::spiffe::{SpiffeId, TrustDomain};
 use tacit_grpc::{CallError, Code};
 use tokio::sync::watch;
@@ -183,6 +183,8 @@ pub struct Subscription {
     bundles: Stream,
     /// The messages that the latest outcome is of. Later ones are compared by their address.
     judged: Option<Judged>,
+    /// Chain and roots of the latest credentials; `None` after an error.
+    returned: Option<(Vec<CertificateDer<'static>>, Arc<RootCertStore>)>,
     reported: [Option<Arc<SpireError>>; 2],
 }
 
@@ -247,6 +249,7 @@ impl SpireIssuer {
             svids,
             bundles,
             judged: None,
+            returned: None,
             reported: [None, None],
         })
     }
@@ -275,8 +278,18 @@ impl Subscription {
     /// [`IssueError::Spire`].
     pub async fn next(&mut self) -> Result<Credentials, IssueError> {
         loop {
-            if let Some(outcome) = self.judge() {
-                return outcome.map_err(IssueError::Spire);
+            match self.judge() {
+                // SPIRE sends all SVIDs again when any entry has changed.
+                Some(Ok(credentials)) if self.is_returned(&credentials) => continue,
+                Some(Ok(credentials)) => {
+                    self.returned = Some((credentials.chain().to_vec(), credentials.roots.clone()));
+                    return Ok(credentials);
+                }
+                Some(Err(error)) => {
+                    self.returned = None;
+                    return Err(IssueError::Spire(error));
+                }
+                None => {}
             }
             tokio::select! {
                 () = self.svids.changed() => {}
@@ -284,6 +297,12 @@ impl Subscription {
                 Ok(()) = self.pods.changed() => self.follow_pods(),
             }
         }
+    }
+
+    fn is_returned(&self, credentials: &Credentials) -> bool {
+        self.returned.as_ref().is_some_and(|(chain, roots)| {
+            chain == credentials.chain() && roots.roots == credentials.roots.roots
+        })
     }
 
     /// Opens another stream if the selectors have changed: an entry may be for one pod alone.

@@ -90,12 +90,16 @@ async fn a_renewed_svid_and_new_roots_are_taken_up() {
     let issuer = issuer(&spire, SpireApi::Delegated);
     let mut subscription = issuer.subscribe(&web()).expect("ours");
     let first = credentials(&mut subscription).await;
-    spire.svids(Step::Send(ca.svids(&[WEB])));
-    let second = credentials(&mut subscription).await;
+    // The same once more is no change.
+    let again = ca.svids(&[WEB]);
+    spire.svids(Step::Send(again.clone()));
+    spire.svids(Step::Send(again));
+    spire.bundles(Step::Send(ca.bundles()));
+    let second = next(&mut subscription).await.expect("renewed");
     assert_ne!(first.serial, second.serial);
     // Both roots, then an SVID of the new one.
     spire.bundles(Step::Send(ca.bundles_with(&next_ca)));
-    let rotating = credentials(&mut subscription).await;
+    let rotating = next(&mut subscription).await.expect("the next are these");
     assert_eq!((&rotating.serial, rotating.roots.len()), (&second.serial, 2));
     spire.svids(Step::Send(next_ca.svids(&[WEB])));
     let third = credentials(&mut subscription).await;
