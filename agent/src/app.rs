@@ -35,6 +35,7 @@ mod cover;
 mod kernel_shares;
 mod node_addresses;
 mod node_state;
+mod pod_uids;
 mod report;
 mod sandboxes;
 mod sources;

@@ -20,7 +20,7 @@ use tacit_core::{
     spiffe::TrustDomain,
     yaml::{self, Fields, Mistakes, Value},
 };
-use tacit_identity::istio::IstioConfig;
+use tacit_identity::{istio::IstioConfig, spire::SpireConfig};
 use tacit_kernel::PlaintextDestination;
 use tacit_sources::{
     directory::Options as DirectoryOptions,
@@ -201,6 +201,8 @@ pub enum IssuerConfig {
     },
     /// An authority that speaks Istio's CA API, and where its roots are published.
     Istio(IstioConfig, Option<ConfigMapKey>),
+    /// The SPIRE agent of the node.
+    Spire(SpireConfig),
 }
 
 impl Config {

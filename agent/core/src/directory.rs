@@ -102,6 +102,17 @@ pub enum Connect {
 }
 
 impl Workload {
+    /// Returns the UID of the Kubernetes pod; `None` for a workload whose cgroup is not named by the kubelet.
+    #[must_use]
+    pub fn pod_uid(&self) -> Option<String> {
+        let cgroup = self.cgroup.file_name()?.to_str()?;
+        let (_, uid) = cgroup.strip_suffix(".slice").unwrap_or(cgroup).rsplit_once("pod")?;
+        // A slice has `_` in place of `-`.
+        let uid = uid.replace('_', "-");
+        let is_uid = !uid.is_empty() && uid.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+        is_uid.then_some(uid)
+    }
+
     /// `namespace/name`.
     #[must_use]
     pub fn full_name(&self) -> String {

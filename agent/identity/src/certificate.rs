@@ -2,16 +2,20 @@
 //!
 //! Names are parsed by webpki, the parser that also verifies the chain, so both can never disagree about an identity.
 //! webpki keeps the validity to itself; it is read here by walking the first fields of the certificate (RFC 5280
-//! section 4.1), which webpki has accepted by then. This file verifies nothing: see `tunnel::tls`.
+//! section 4.1), which webpki has accepted by then. Peers are verified by `tunnel::tls`; `leads_to` only finds out early that no
+//! peer could verify a chain.
 
 use std::{
     ops::RangeInclusive,
-    time::{Duration, SystemTime},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use rustls::pki_types::{CertificateDer, pem::PemObject as _};
+use rustls::{
+    RootCertStore,
+    pki_types::{CertificateDer, UnixTime, pem::PemObject as _},
+};
 use tacit_core::spiffe::{IdentityError, SpiffeId};
-use webpki::EndEntityCert;
+use webpki::{EndEntityCert, KeyUsage};
 
 pub(crate) const INTEGER: u8 = 0x02;
 const UTC_TIME: u8 = 0x17;
@@ -27,11 +31,14 @@ const LIST_MAX: usize = 256;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CertificateListError {
     /// There is none in it.
-    #[error("it holds no certificate in PEM")]
+    #[error("it holds no certificate")]
     Empty,
     /// More than are ever needed.
     #[error("it holds more than {LIST_MAX} certificates: leave out those that are not needed")]
     Long,
+    /// Not certificates in DER, one after the other.
+    #[error("it holds bytes that are not certificates in DER")]
+    Der,
     /// Not PEM.
     #[error("it holds a certificate that cannot be read: {0}")]
     Pem(String),
@@ -75,6 +82,46 @@ pub fn list(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, CertificateListE
         Ok(list) => Ok(list),
         Err(e) => Err(CertificateListError::Pem(e.to_string())),
     }
+}
+
+/// The certificates of a text in DER, one after the other, at least one.
+///
+/// # Errors
+/// [`CertificateListError`]; a list that is too long is not cut.
+pub fn list_der(mut der: &[u8]) -> Result<Vec<CertificateDer<'static>>, CertificateListError> {
+    let mut list = Vec::new();
+    while !der.is_empty() {
+        let (_, rest) = element(der, SEQUENCE).ok_or(CertificateListError::Der)?;
+        let (certificate, _) = der.split_at(der.len() - rest.len());
+        if list.len() == LIST_MAX {
+            return Err(CertificateListError::Long);
+        }
+        list.push(CertificateDer::from(certificate.to_vec()));
+        der = rest;
+    }
+    if list.is_empty() { Err(CertificateListError::Empty) } else { Ok(list) }
+}
+
+/// Checks that peers can verify the chain, as client and as server. The check uses the middle of the leaf's life as time,
+/// because a wrong clock is reported on its own.
+///
+/// # Errors
+/// The reason why peers would reject the chain.
+pub fn leads_to(
+    roots: &RootCertStore,
+    chain: &[CertificateDer<'_>],
+    validity: Validity,
+) -> Result<(), webpki::Error> {
+    let (leaf, between) = chain.split_first().ok_or(webpki::Error::UnknownIssuer)?;
+    let life = validity.not_after.duration_since(validity.not_before).unwrap_or_default();
+    let middle = validity.not_before + life / 2;
+    let time = UnixTime::since_unix_epoch(middle.duration_since(UNIX_EPOCH).unwrap_or_default());
+    let leaf = EndEntityCert::try_from(leaf)?;
+    for usage in [KeyUsage::client_auth(), KeyUsage::server_auth()] {
+        let algorithms = webpki::ALL_VERIFICATION_ALGS;
+        leaf.verify_for_usage(algorithms, &roots.roots, between, time, usage, None, None)?;
+    }
+    Ok(())
 }
 
 /// The URI names of `certificate`, in its order. Other kinds of names never count as an identity and are left out.
@@ -269,6 +316,20 @@ mod tests {
                 (Err(problem), Err(expected)) => assert!(problem.contains(expected), "{problem}"),
                 (read, expected) => panic!("{read:?}, not {expected:?}"),
             }
+        }
+    }
+
+    #[test]
+    fn a_list_in_der_is_split_and_never_cut() {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let one = rcgen::CertificateParams::default().self_signed(&key).expect("signed").der().clone();
+        let two = [one.as_ref(), one.as_ref()].concat();
+        assert_eq!(list_der(&two), Ok(vec![one.clone(), one.clone()]));
+        assert_eq!(list_der(&[]), Err(CertificateListError::Empty));
+        assert_eq!(list_der(&one.repeat(LIST_MAX)).map(|list| list.len()), Ok(LIST_MAX));
+        assert_eq!(list_der(&one.repeat(LIST_MAX + 1)), Err(CertificateListError::Long));
+        for length in (1..two.len()).filter(|length| *length != one.len()) {
+            assert_eq!(list_der(&two[..length]), Err(CertificateListError::Der), "cut at {length}");
         }
     }
 

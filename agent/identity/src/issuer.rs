@@ -1,8 +1,8 @@
-//! Issuers of workload certificates: the agent itself, with a root in a directory (`root`), for standalone use, or an
-//! authority that implements Istio's CA API (`istio`).
+//! Issuers of workload certificates: the agent itself, with a root in a directory (`root`), for standalone use, an authority
+//! that implements Istio's CA API (`istio`), or a SPIRE agent (`spire`).
 //!
-//! Leaves are ECDSA P-256, one per service account, with one URI name and both key purposes, because every pod is client
-//! and server. Their keys never leave memory.
+//! The first two are asked for a certificate, and SPIRE sends one with its key whenever it has a new one. Leaves have one URI name and
+//! both key purposes, one per service account, because every pod is client and server. Their keys never leave memory.
 
 use std::{
     ops::RangeInclusive,
@@ -22,6 +22,7 @@ use super::{
     credentials::{Credentials, CredentialsError},
     istio::{IstioError, IstioIssuer},
     root::{EmbeddedRoot, EmbeddedRootError},
+    spire::{SpireError, SpireIssuer},
     template::leaf_params,
 };
 
@@ -48,6 +49,14 @@ pub enum IssueError {
     /// The authority gave none.
     #[error("{0}")]
     Istio(#[source] Arc<IstioError>),
+    /// SPIRE gave none.
+    #[error("{0}")]
+    Spire(#[source] Arc<SpireError>),
+    /// SPIRE has not renewed an SVID.
+    #[error(
+        "the certificate has expired, and SPIRE has sent no other one; can the SPIRE agent reach its server?"
+    )]
+    NotRenewed,
     /// The issuer did not answer in time.
     #[error("the issuer did not answer within {0:?}")]
     Timeout(Duration),
@@ -66,6 +75,8 @@ pub enum Issuer {
     Embedded(EmbeddedIssuer),
     /// An authority.
     Istio(IstioIssuer),
+    /// The SPIRE agent of the node.
+    Spire(SpireIssuer),
     /// The agent itself, failing as often as the counter says.
     #[cfg(test)]
     Failing(EmbeddedIssuer, std::sync::atomic::AtomicU32),
@@ -75,7 +86,7 @@ pub enum Issuer {
 }
 
 impl Issuer {
-    /// A new key and certificate for `identity`.
+    /// A key and certificate for `identity`: new ones, or those that SPIRE has.
     ///
     /// # Errors
     /// [`IssueError`].
@@ -83,6 +94,7 @@ impl Issuer {
         match self {
             Self::Embedded(issuer) => issuer.issue(identity, SystemTime::now()),
             Self::Istio(issuer) => issuer.issue(identity).await.map_err(|e| IssueError::Istio(Arc::new(e))),
+            Self::Spire(issuer) => issuer.subscribe(identity)?.next().await,
             #[cfg(test)]
             Self::Failing(issuer, failures) => {
                 use std::sync::atomic::Ordering::Relaxed;

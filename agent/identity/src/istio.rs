@@ -15,18 +15,17 @@ use std::{
     path::{Path, PathBuf},
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime},
 };
 
 use http::header::HeaderValue;
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
 use rustls::{
     RootCertStore,
-    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime},
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
 };
 use tacit_core::spiffe::SpiffeId;
 use tokio::{sync::Semaphore, task::spawn_blocking};
-use webpki::{EndEntityCert, KeyUsage};
 
 pub use connection::CallError;
 pub use skew::Skew;
@@ -313,7 +312,9 @@ fn credentials(
         chain.extend(read(pem)?);
     }
     let validity = certificate::validity(&chain[0]).map_err(CredentialsError::from)?;
-    leads_to(&roots, &chain, validity)?;
+    certificate::leads_to(&roots, &chain, validity).map_err(|e| {
+        IstioError::Answer(format!("the certificate does not lead to the roots that came with it: {e}"))
+    })?;
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
     let credentials = Credentials::new(chain, &key, Arc::new(roots))?;
     if &credentials.identity != asked {
@@ -326,35 +327,6 @@ fn credentials(
 /// Credentials that nobody could use would be renewed at once, and again.
 fn still_valid(credentials: Credentials, received: SystemTime) -> Result<Credentials, IstioError> {
     if credentials.not_after <= received { Err(IstioError::Expired) } else { Ok(credentials) }
-}
-
-/// Verifies that peers can verify the chain, as client and as server. The check uses the middle of the leaf's life as
-/// time, because a wrong clock is reported on its own.
-fn leads_to(
-    roots: &RootCertStore,
-    chain: &[CertificateDer<'_>],
-    validity: Validity,
-) -> Result<(), IstioError> {
-    let refuse = |e: webpki::Error| {
-        IstioError::Answer(format!("the certificate does not lead to the roots that came with it: {e}"))
-    };
-    let life = validity.not_after.duration_since(validity.not_before).unwrap_or_default();
-    let middle = validity.not_before + life / 2;
-    let time = UnixTime::since_unix_epoch(middle.duration_since(UNIX_EPOCH).unwrap_or_default());
-    let leaf = EndEntityCert::try_from(&chain[0]).map_err(refuse)?;
-    for usage in [KeyUsage::client_auth(), KeyUsage::server_auth()] {
-        leaf.verify_for_usage(
-            webpki::ALL_VERIFICATION_ALGS,
-            &roots.roots,
-            &chain[1..],
-            time,
-            usage,
-            None,
-            None,
-        )
-        .map_err(refuse)?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 //! | `issuer`, `root` | the embedded issuer, and its root on disk |
 //! | `template` | the template of a leaf certificate, serial numbers |
 //! | `istio` | a client of Istio's CA API: Tacit's authority, istiod, istio-csr |
+//! | `spire` | a client of SPIRE: the Delegated Identity API and the Workload API |
 //! | `manager` | keeps the credentials of every workload of the node current |
 //! | `peer_trust` | the peers that are trusted beside the roots of the credentials |
 //! | `revocation` | revocation lists, and the certificates of a peer that they may name |
@@ -23,4 +24,5 @@ pub mod manager;
 pub mod peer_trust;
 pub mod revocation;
 pub mod root;
+pub mod spire;
 pub mod template;

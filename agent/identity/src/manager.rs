@@ -1,6 +1,6 @@
 //! Keeps the credentials of every workload of the node current.
 //!
-//! One task an identity asks the issuer when `renewal` says so. Readers take the latest snapshot without waiting; what has
+//! One task an identity asks the issuer when `renewal` says so, or follows what SPIRE sends. Readers take the latest snapshot without waiting; what has
 //! expired is never handed out, even when the task is late.
 
 use std::{
@@ -26,6 +26,7 @@ use super::{
     credentials::Credentials,
     issuer::{IssueError, Issuer},
     peer_trust::PeerTrust,
+    spire::SpireIssuer,
 };
 
 /// One attempt to get a certificate takes this long at most.
@@ -273,40 +274,94 @@ async fn keep_current(
     shared: Arc<Shared>,
     changes: watch::Sender<()>,
 ) {
+    if let Issuer::Spire(spire) = &*issuer {
+        return follow(identity, spire, &trust, &shared, &changes).await;
+    }
     loop {
         // Drawn once a pause: a new draw at every look would move the moment waited for.
         let schedule = shared.schedule();
-        let held = loop {
+        let holds_another = loop {
             let now = SystemTime::now();
             match schedule.next(now) {
                 Renewal::Wait(until) => {
                     sleep(until.duration_since(now).unwrap_or_default().min(LONGEST_SLEEP)).await;
                 }
-                Renewal::Renew => break "still valid",
-                Renewal::Expired => break "none",
+                Renewal::Renew => break true,
+                Renewal::Expired => break false,
             }
         };
         let attempt = timeout(ISSUE_TIMEOUT, issuer.issue(&identity)).await;
-        match attempt.unwrap_or(Err(IssueError::Timeout(ISSUE_TIMEOUT))) {
-            Ok(credentials) => {
-                info!(%identity, serial = &*credentials.serial, "certificate issued");
-                shared.succeeded(credentials.with_trust(trust.clone()));
-            }
-            Err(failure) => {
-                if held == "none" {
-                    error!(%identity, %failure, "no certificate: traffic of this identity is refused");
-                } else {
-                    warn!(%identity, %failure, "certificate not renewed, the old one stays in use");
-                }
-                shared.failed(failure);
-            }
-        }
+        let outcome = attempt.unwrap_or(Err(IssueError::Timeout(ISSUE_TIMEOUT)));
+        note((&identity, &trust), outcome, holds_another, &shared);
         changes.send_replace(());
     }
 }
 
+/// Keeps the latest credentials that SPIRE has sent for `identity`.
+async fn follow(
+    identity: SpiffeId,
+    spire: &SpireIssuer,
+    trust: &Arc<PeerTrust>,
+    shared: &Shared,
+    changes: &watch::Sender<()>,
+) {
+    let mut subscription = match spire.subscribe(&identity) {
+        Ok(subscription) => subscription,
+        Err(failure) => {
+            note((&identity, trust), Err(failure), false, shared);
+            changes.send_replace(());
+            return;
+        }
+    };
+    let mut expires = None;
+    loop {
+        let outcome = tokio::select! {
+            outcome = subscription.next() => outcome,
+            () = sleep_until(expires) => Err(IssueError::NotRenewed),
+        };
+        match &outcome {
+            Ok(credentials) => expires = Some(credentials.not_after),
+            Err(IssueError::NotRenewed) => expires = None,
+            Err(_) => {}
+        }
+        note((&identity, trust), outcome, shared.usable(SystemTime::now()).is_some(), shared);
+        changes.send_replace(());
+    }
+}
+
+/// Waits until a moment has passed by the wall clock, which may be set meanwhile. Without a moment it never ends.
+async fn sleep_until(moment: Option<SystemTime>) {
+    let Some(moment) = moment else { return std::future::pending().await };
+    while let Ok(left) = moment.duration_since(SystemTime::now()) {
+        // Above zero, and past the moment.
+        sleep(left.min(LONGEST_SLEEP) + Duration::from_millis(1)).await;
+    }
+}
+
+fn note(
+    (identity, trust): (&SpiffeId, &Arc<PeerTrust>),
+    outcome: Result<Credentials, IssueError>,
+    holds_another: bool,
+    shared: &Shared,
+) {
+    match outcome {
+        Ok(credentials) => {
+            info!(%identity, serial = &*credentials.serial, "certificate issued");
+            shared.succeeded(credentials.with_trust(trust.clone()));
+        }
+        Err(failure) => {
+            if holds_another {
+                warn!(%identity, %failure, "certificate not renewed, the old one stays in use");
+            } else {
+                error!(%identity, %failure, "no certificate: traffic of this identity is refused");
+            }
+            shared.failed(failure);
+        }
+    }
+}
+
 /// Random; without randomness the middle, as retries then only lose their spread.
-fn jitter() -> u8 {
+pub(crate) fn jitter() -> u8 {
     let mut byte = [128];
     match aws_lc_rs::default_provider().secure_random.fill(&mut byte) {
         Ok(()) => byte[0],

@@ -394,8 +394,16 @@ fn mesh(ranges: &Ranges) -> MeshStatus {
 }
 
 fn issuer(issuer: &Issuer) -> IssuerStatus {
-    let Issuer::Istio(issuer) = issuer else {
-        return IssuerStatus { address: "embedded".to_owned(), ..IssuerStatus::default() };
+    let issuer = match issuer {
+        Issuer::Istio(issuer) => issuer,
+        Issuer::Spire(issuer) => {
+            return IssuerStatus {
+                address: format!("spire:{}", issuer.socket().display()),
+                last_answer: issuer.answered().map(Into::into),
+                clock_ahead_ms: None,
+            };
+        }
+        _ => return IssuerStatus { address: "embedded".to_owned(), ..IssuerStatus::default() },
     };
     let contact = issuer.contact();
     IssuerStatus {

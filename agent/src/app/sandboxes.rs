@@ -106,10 +106,7 @@ fn is_covered(workload: &Workload, is_exempt: Option<bool>) -> bool {
 
 /// Returns true if the workload is the pod with this UID. The kubelet names the cgroup of a pod by its UID.
 fn is_same(workload: &Workload, uid: Option<&str>) -> bool {
-    let cgroup = workload.cgroup.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    let cgroup = cgroup.strip_suffix(".slice").unwrap_or(cgroup);
-    let of_cgroup = cgroup.rsplit_once("pod").map(|(_, uid)| uid.replace('_', "-"));
-    uid.is_none_or(|uid| of_cgroup.as_deref() == Some(uid))
+    uid.is_none_or(|uid| workload.pod_uid().as_deref() == Some(uid))
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use tacit_identity::{
     manager::Identities,
     peer_trust::{FederatedDomain, PeerTrust, TrustDomains},
     revocation::{Revocation, RevocationCheck, RevocationLists},
+    spire::SpireIssuer,
 };
 use tacit_kernel::{
     Kernel, KernelError, SuccessorLock, VerifierLog,
@@ -32,6 +33,7 @@ use crate::{
         attachment::Attachment,
         cover::{Cover, kept_state},
         node_state::{self, Kept},
+        pod_uids,
         report::Report,
         sandboxes::{self, Sandboxes},
         sources::{Complete, Sources},
@@ -83,7 +85,7 @@ pub(super) async fn start(
     let Some(complete) = complete else { return Ok(Started::Ended(Ended::StartAgain)) };
     let Complete { directory, policies, revocation, federation } = complete?;
     let trust = Arc::new(peer_trust(config, revocation.as_deref(), &federation));
-    let identities = Arc::new(Identities::trusting(issuer(config).await?, trust));
+    let identities = Arc::new(Identities::trusting(issuer(config, &directory).await?, trust));
     let kernel = async {
         let Some(cover) = cover else {
             let prepare = || Kernel::prepare(&config.pin_path, &node.pods_cgroup, verifier_log);
@@ -186,7 +188,7 @@ fn peer_trust(
     PeerTrust { revocation, domains: TrustDomains::new(config.trust_domain_aliases.clone(), federated) }
 }
 
-async fn issuer(config: &Config) -> Result<Issuer, AppError> {
+async fn issuer(config: &Config, directory: &Watched<Directory>) -> Result<Issuer, AppError> {
     match &config.issuer {
         IssuerConfig::Embedded { directory, leaf_lifetime } => {
             let issuer = EmbeddedIssuer::open(directory, &config.trust_domain, *leaf_lifetime)?;
@@ -205,6 +207,10 @@ async fn issuer(config: &Config) -> Result<Issuer, AppError> {
                 Box::pin(async move { reader.read().await })
             });
             Ok(Issuer::Istio(issuer.with_published_roots(published)))
+        }
+        IssuerConfig::Spire(spire) => {
+            let pods = pod_uids::follow(directory.subscribe(), config.node.clone());
+            Ok(Issuer::Spire(SpireIssuer::new(spire.clone(), config.trust_domain.clone(), pods)))
         }
     }
 }

@@ -7,24 +7,32 @@ use tacit_core::yaml::{Fields, Value};
 use tacit_identity::{
     issuer::{LEAF_LIFETIME, LEAF_LIFETIME_RANGE},
     istio::IstioConfig,
+    spire::{SpireApi, SpireConfig},
 };
 use tacit_sources::roots::ConfigMapKey;
 
 use super::IssuerConfig;
 
-pub(super) const FIELDS: [&str; 2] = ["embedded", "istio"];
+pub(super) const FIELDS: [&str; 3] = ["embedded", "istio", "spire"];
 pub(super) const EMBEDDED_FIELDS: [&str; 2] = ["directory", "leafLifetime"];
 pub(super) const ISTIO_FIELDS: [&str; 7] =
     ["address", "serverName", "rootFile", "rootConfigMap", "tokenFile", "clusterId", "leafLifetime"];
+pub(super) const SPIRE_FIELDS: [&str; 2] = ["socket", "api"];
 pub(super) const CONFIG_MAP_FIELDS: [&str; 3] = ["namespace", "name", "key"];
+
+/// Longest path of a Unix socket, in bytes (`sun_path` of unix(7), without its end).
+const SOCKET_MAX_BYTES: usize = 107;
 
 pub(super) fn decode(value: &Value<'_>, folder: &Path) -> Option<IssuerConfig> {
     let mut fields = value.fields(&FIELDS)?;
-    match (fields.optional("embedded"), fields.optional("istio")) {
-        (Some(value), None) => embedded(&mut value.fields(&EMBEDDED_FIELDS)?, folder),
-        (None, Some(value)) => istio(&mut value.fields(&ISTIO_FIELDS)?, folder),
+    match (fields.optional("embedded"), fields.optional("istio"), fields.optional("spire")) {
+        (Some(value), None, None) => embedded(&mut value.fields(&EMBEDDED_FIELDS)?, folder),
+        (None, Some(value), None) => istio(&mut value.fields(&ISTIO_FIELDS)?, folder),
+        (None, None, Some(value)) => spire(&mut value.fields(&SPIRE_FIELDS)?, folder),
         _ => {
-            value.refuse("not exactly one issuer is written: write {embedded: ..} or {istio: ..}");
+            value.refuse(
+                "not exactly one issuer is written: write {embedded: ..}, {istio: ..} or {spire: ..}",
+            );
             None
         }
     }
@@ -59,6 +67,25 @@ fn istio(fields: &mut Fields<'_>, folder: &Path) -> Option<IssuerConfig> {
         lifetime: lifetime?,
     };
     Some(IssuerConfig::Istio(config, root_config_map?))
+}
+
+fn spire(fields: &mut Fields<'_>, folder: &Path) -> Option<IssuerConfig> {
+    let socket = fields.required("socket", "the admin socket of the SPIRE agent");
+    let socket = socket.and_then(|value| {
+        value.parse(|text| {
+            let path = folder.join(text);
+            let fits = !text.is_empty() && path.as_os_str().len() <= SOCKET_MAX_BYTES;
+            if fits { Ok(path) } else { Err("empty or longer than 107 bytes: write a shorter path") }
+        })
+    });
+    let api = fields.or("api", SpireApi::Delegated, |value| {
+        value.parse(|text| match text {
+            "delegated" => Ok(SpireApi::Delegated),
+            "workload" => Ok(SpireApi::Workload),
+            _ => Err("no API of SPIRE: write delegated or workload"),
+        })
+    });
+    Some(IssuerConfig::Spire(SpireConfig { socket: socket?, api: api? }))
 }
 
 fn config_map(value: &Value<'_>) -> Option<ConfigMapKey> {

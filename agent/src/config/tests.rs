@@ -1,6 +1,7 @@
 //! Tests of `tacit.yaml`: what is accepted, every mistake, and that the published schema says the same.
 
 use serde_json::Value as Json;
+use tacit_identity::spire::SpireApi;
 
 use tacit_identity::revocation::UnknownStatus;
 
@@ -259,6 +260,33 @@ fn an_authority_is_named_by_address_root_and_token() {
 }
 
 #[test]
+fn a_spire_agent_is_named_by_its_socket() {
+    let issuer = |text: &str| {
+        parse(&MINIMAL.replace("{embedded: {directory: issuer}}", text)).map(|config| config.issuer)
+    };
+    let spire = |socket: &str, api| Ok(IssuerConfig::Spire(SpireConfig { socket: socket.into(), api }));
+    assert_eq!(
+        issuer("{spire: {socket: /run/spire/admin.sock}}"),
+        spire("/run/spire/admin.sock", SpireApi::Delegated)
+    );
+    assert_eq!(
+        issuer("{spire: {socket: w.sock, api: workload}}"),
+        spire("/etc/tacit/conf/w.sock", SpireApi::Workload)
+    );
+    let refused = |text: &str| problems(&MINIMAL.replace("{embedded: {directory: issuer}}", text));
+    for (text, problem) in [
+        ("{spire: {}}".to_owned(), "issuer.spire.socket: missing"),
+        (format!("{{spire: {{socket: /{}}}}}", "x".repeat(107)), "longer than 107 bytes"),
+        ("{spire: {socket: a, api: admin}}".to_owned(), "no API of SPIRE"),
+        ("{spire: {socket: a, path: b}}".to_owned(), "path"),
+        ("{spire: {socket: a}, embedded: {directory: a}}".to_owned(), "not exactly one issuer"),
+    ] {
+        let found = refused(&text);
+        assert!(found[0].contains(problem), "{found:?}");
+    }
+}
+
+#[test]
 fn an_empty_mapping_misses_every_required_field() {
     let missing = problems("{}");
     for field in ["trustDomain", "node", "meshRanges", "directory", "policy", "issuer"] {
@@ -379,6 +407,8 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     assert_eq!(names(&schema["properties"]["federation"]["items"]), sorted(&trust::FEDERATION_FIELDS));
     assert_eq!(names(&schema["properties"]["crl"]), sorted(&crl::FIELDS));
     assert_eq!(schema["properties"]["crl"]["properties"]["unknownStatus"]["default"], "DENY");
+    let spire = &schema["properties"]["issuer"]["properties"]["spire"];
+    assert_eq!(names(spire), sorted(&issuer::SPIRE_FIELDS));
     assert_eq!(names(&istio["properties"]["rootConfigMap"]), sorted(&issuer::CONFIG_MAP_FIELDS));
     assert_eq!(istio["properties"]["leafLifetime"]["default"], "24h");
     let kubernetes = |field: &str| names(&schema["properties"][field]["properties"]["kubernetes"]);

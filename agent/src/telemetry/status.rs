@@ -117,9 +117,9 @@ impl Status {
 /// The issuer of certificates.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct IssuerStatus {
-    /// `embedded` for the agent itself, else the address of the authority.
+    /// `embedded` for the agent itself, `spire:` and the socket's path for SPIRE, else the address of the authority.
     pub address: String,
-    /// Time of the authority's last answer, a refusal too.
+    /// Time of the authority's last answer, a refusal too. Of SPIRE, the time of the latest bundles.
     pub last_answer: Option<Timestamp>,
     /// Clock skew in milliseconds: above 0 if this node's clock is ahead of the authority's, below 0 if behind, absent
     /// if never measured.

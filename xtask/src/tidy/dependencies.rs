@@ -41,13 +41,16 @@ const CORE: &str = "agent/core";
 const CORE_DEPENDENCIES: [&str; 5] = ["tacit-abi", "ipnet", "saphyr-parser", "serde", "thiserror"];
 
 /// Pure modules of other crates; `x` means the file x.rs and the folder x/.
-const PURE: [&str; 13] = [
+const PURE: [&str; 16] = [
     "agent/src/enrol/plan",
     "agent/src/enrol/pod_policy",
     "agent/grpc/src/frame",
     "agent/grpc/src/status",
     "agent/identity/src/istio/api",
     "agent/identity/src/istio/skew",
+    "agent/identity/src/spire/api",
+    "agent/identity/src/spire/bundles",
+    "agent/identity/src/spire/svids",
     "agent/authority/src/request",
     "agent/authority/src/rotation",
     "agent/authority/src/rate_limit",

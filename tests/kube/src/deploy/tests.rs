@@ -94,6 +94,34 @@ fn trust_domains_reach_the_configuration_with_their_roots() {
     assert!(mounts.contains(&mount), "{mounts:?}");
 }
 
+#[test]
+fn spire_takes_the_place_of_the_authority() {
+    let changed = json!({"spire": {"socketFolder": "/run/spire/admin-sockets"}});
+    let objects = by_name(chart::objects(&workspace(), "mesh", &changed).expect("chart"));
+    let config = objects["\"mesh\" ConfigMap/tacit-agent"]["data"]["tacit.yaml"].as_str().expect("text");
+    let socket = "/var/run/tacit/spire/admin.sock";
+    assert_eq!(parse(config).expect("YAML")["issuer"], json!({"spire": {"socket": socket}}), "{config}");
+    let pod = &objects["\"mesh\" DaemonSet/tacit-agent"]["spec"]["template"]["spec"];
+    let named = |list: &Value| -> Vec<Value> {
+        let list = list.as_array().expect("a list");
+        list.iter().filter(|one| one["name"] == "spire").cloned().collect()
+    };
+    let volume =
+        json!({"name": "spire", "hostPath": {"path": "/run/spire/admin-sockets", "type": "Directory"}});
+    assert_eq!(named(&pod["volumes"]), [volume]);
+    let mount = json!({"name": "spire", "mountPath": "/var/run/tacit/spire", "readOnly": true});
+    assert_eq!(named(&pod["containers"][0]["volumeMounts"]), [mount]);
+    let of_authority = ["Deployment", "Service", "ConfigMap", "PodDisruptionBudget"];
+    for kind in of_authority {
+        assert!(!objects.contains_key(&format!("\"mesh\" {kind}/tacit-authority")), "{kind}");
+    }
+    // Without SPIRE they are there.
+    let objects = by_name(chart::objects(&workspace(), "mesh", &json!({})).expect("chart"));
+    for kind in of_authority {
+        assert!(objects.contains_key(&format!("\"mesh\" {kind}/tacit-authority")), "{kind}");
+    }
+}
+
 /// Helm checks values with the patterns that the agent checks its configuration with, and knows every value.
 #[test]
 fn the_schema_of_values_is_that_of_the_configuration() {
