@@ -25,6 +25,7 @@ use super::Flow;
 
 mod matching;
 pub(super) mod parse;
+pub(super) mod reduced;
 mod rule;
 
 use rule::{FlowAttributes, Rule};
