@@ -8,7 +8,10 @@ use serde::{Deserialize, de::IgnoredAny};
 
 use tacit_core::directory::special_address;
 
-use crate::kubernetes::{KindName, Resource, or_default};
+use crate::{
+    istiod::address::AddressObject,
+    kubernetes::{KindName, Resource, or_default},
+};
 
 mod network;
 
@@ -23,11 +26,17 @@ pub(super) enum ResourceKind {
     EndpointSlices,
     Nodes,
     ServiceCidrs,
+    /// Workloads and services of istiod.
+    Addresses,
 }
 
 impl ResourceKind {
-    pub(super) const ALL: [Self; 6] =
+    /// The resources of a directory from the Kubernetes API.
+    pub(super) const KUBERNETES: [Self; 6] =
         [Self::Namespaces, Self::Pods, Self::Services, Self::EndpointSlices, Self::Nodes, Self::ServiceCidrs];
+    /// The resources of a directory from istiod. Pods are those of the own node.
+    pub(super) const ISTIOD: [Self; 6] =
+        [Self::Namespaces, Self::Pods, Self::Services, Self::Nodes, Self::ServiceCidrs, Self::Addresses];
 }
 
 impl KindName for ResourceKind {
@@ -39,6 +48,7 @@ impl KindName for ResourceKind {
             Self::EndpointSlices => "endpointslices",
             Self::Nodes => "nodes",
             Self::ServiceCidrs => "servicecidrs",
+            Self::Addresses => "addresses",
         }
     }
 }
@@ -52,6 +62,7 @@ pub(super) enum Object {
     Slice(Box<Slice>),
     Node(Box<Node>),
     ServiceCidr(Box<ServiceCidr>),
+    Address(Box<AddressObject>),
 }
 
 impl Object {
@@ -63,18 +74,21 @@ impl Object {
             Self::Slice(_) => ResourceKind::EndpointSlices,
             Self::Node(_) => ResourceKind::Nodes,
             Self::ServiceCidr(_) => ResourceKind::ServiceCidrs,
+            Self::Address(_) => ResourceKind::Addresses,
         }
     }
 
-    pub(super) fn meta(&self) -> &Meta {
-        match self {
+    /// Returns `namespace/name`, the name of an object without a namespace, or the name of a resource of istiod.
+    pub(super) fn full_name(&self) -> String {
+        super::store::full_name(match self {
             Self::Namespace(object) => &object.metadata,
             Self::Pod(object) => &object.metadata,
             Self::Service(object) => &object.metadata,
             Self::Slice(object) => &object.metadata,
             Self::Node(object) => &object.metadata,
             Self::ServiceCidr(object) => &object.metadata,
-        }
+            Self::Address(object) => return object.name.to_string(),
+        })
     }
 }
 

@@ -1,0 +1,5 @@
+//! istiod.
+pub(crate) mod address;
+mod authorization;
+pub(crate) mod messages;
+mod policies;
