@@ -37,6 +37,7 @@
 //! |---|---|
 //! | `tacit-core` | pure decisions: identities, directory, policy, routes, wire format, YAML |
 //! | `tacit-kernel` | eBPF programs and maps, cgroups, namespaces, sockets; the only `unsafe` |
+//! | `tacit-grpc` | gRPC on any byte stream; `identity` and `authority` use it |
 //! | `tacit-identity` | credentials of workloads and their issuers |
 //! | `tacit-tunnel` | TLS sessions, the record layer, the relay of a flow |
 //! | `tacit-sources` | watched files and the Kubernetes API, as snapshots |

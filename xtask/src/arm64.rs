@@ -19,12 +19,13 @@ use xtask_support::{
 use crate::test::{conclude, running, stream};
 
 /// The packages of what runs on a node, each with its unit tests and properties.
-const PACKAGES: [&str; 9] = [
+const PACKAGES: [&str; 10] = [
     "tacit",
     "tacit-abi",
     "tacit-authority",
     "tacit-cni",
     "tacit-core",
+    "tacit-grpc",
     "tacit-identity",
     "tacit-kernel",
     "tacit-sources",

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tacit_core::spiffe::{IdentityError, SpiffeId, TrustDomain};
-use tacit_identity::istio::api::Code;
+use tacit_grpc::Code;
 
 /// The reason why a request was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -10,7 +10,7 @@ use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{
-    HeaderMap, Method, Request, Response,
+    Method, Request, Response,
     body::{Body, Incoming},
     header::{CONTENT_TYPE, HeaderValue},
     server::conn::http2,
@@ -24,7 +24,8 @@ use rustls::{
     sign::CertifiedKey,
     version::TLS13,
 };
-use tacit_identity::istio::api::{self, CertificateResponse, Code};
+use tacit_grpc::{Code, Status, frame::frame};
+use tacit_identity::istio::api::{self, CertificateResponse};
 use tokio::{
     net::{TcpListener, TcpStream},
     task::JoinSet,
@@ -170,26 +171,22 @@ async fn handle(
     request: Request<Incoming>,
 ) -> Response<impl Body<Data = Bytes, Error = Infallible> + use<>> {
     if request.method() != Method::POST || request.uri().path() != api::PATH {
-        return response(Err((Code::Unimplemented, format!("only {} is served here", api::PATH))));
+        return response(Err(Status::new(Code::Unimplemented, format!("only {} is served here", api::PATH))));
     }
     let (head, body) = request.into_parts();
     let answer = service.answer(peer, &head.headers, Limited::new(body, REQUEST_MAX_BYTES as usize)).await;
-    response(answer.map_err(|refusal| (refusal.code(), refusal.to_string())))
+    response(answer.map_err(|refusal| Status::new(refusal.code(), refusal.to_string())))
 }
 
 fn response(
-    outcome: Result<CertificateResponse, (Code, String)>,
+    outcome: Result<CertificateResponse, Status>,
 ) -> Response<impl Body<Data = Bytes, Error = Infallible> + use<>> {
-    let (body, code, text) = match &outcome {
-        Ok(message) => (api::frame(message), Code::Ok, ""),
-        Err((code, text)) => (Bytes::new(), *code, text.as_str()),
+    let (body, status) = match outcome {
+        Ok(message) => (frame(&message), Status::OK),
+        Err(status) => (Bytes::new(), status),
     };
-    let mut trailers = HeaderMap::new();
-    trailers.insert("grpc-status", HeaderValue::from(code.number()));
-    if let Ok(text) = HeaderValue::try_from(api::encode_text(text)) {
-        trailers.insert("grpc-message", text);
-    }
-    let mut response = Response::new(Full::new(body).with_trailers(std::future::ready(Some(Ok(trailers)))));
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(api::CONTENT_TYPE));
+    let trailers = std::future::ready(Some(Ok(status.trailers())));
+    let mut response = Response::new(Full::new(body).with_trailers(trailers));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(tacit_grpc::CONTENT_TYPE));
     response
 }

@@ -16,7 +16,8 @@ use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use hyper::{HeaderMap, body::Body, header::AUTHORIZATION};
 use tacit_core::spiffe::{SpiffeId, TrustDomain};
-use tacit_identity::istio::api::{self, CertificateRequest, CertificateResponse};
+use tacit_grpc::frame::unframe;
+use tacit_identity::istio::api::{CertificateRequest, CertificateResponse};
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
@@ -149,7 +150,7 @@ impl Service {
         take(&self.by_node, caller.node.clone(), caller.node.clone())?;
         let body = body.collect().await.map_err(|e| RequestRefusal::Message(e.to_string()))?.to_bytes();
         let message: CertificateRequest =
-            api::unframe(&body).map_err(|e| RequestRefusal::Message(e.to_string()))?;
+            unframe(&body).map_err(|e| RequestRefusal::Message(e.to_string()))?;
         asked.identity = message.impersonated().and_then(|id| SpiffeId::parse(id).ok());
         let own = caller.identity.as_ref();
         let wanted = request::read(&message, own, &self.trust_domain, self.lifetimes.leaf)?;

@@ -11,12 +11,10 @@ use std::time::Duration;
 use rcgen::{CertificateParams, KeyPair, SanType};
 use serde_json::json;
 use tacit_core::spiffe::SpiffeId;
+use tacit_grpc::Code;
 use tacit_identity::{
     issuer::Issuer,
-    istio::{
-        CallError, IstioError, Skew,
-        api::{CertificateRequest, Code},
-    },
+    istio::{CallError, IstioError, Skew, api::CertificateRequest},
     manager::Identities,
 };
 use tacit_testing::Scratch;

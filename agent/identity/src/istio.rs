@@ -18,7 +18,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use hyper::header::HeaderValue;
+use http::header::HeaderValue;
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
 use rustls::{
     RootCertStore,

@@ -13,7 +13,7 @@ struct Reserved {
     why: &'static str,
 }
 
-const RESERVED: [Reserved; 3] = [
+const RESERVED: [Reserved; 4] = [
     Reserved {
         dependencies: &["aya", "aya-log", "aya-obj", "libc"],
         allowed: &["agent/kernel"],
@@ -23,6 +23,11 @@ const RESERVED: [Reserved; 3] = [
         dependencies: &["rustls", "rustls-webpki", "tokio-rustls", "aws-lc-rs"],
         allowed: &["agent/tunnel", "agent/identity", "agent/authority"],
         why: "only the tunnel, `tacit-identity` and `tacit-authority` use TLS",
+    },
+    Reserved {
+        dependencies: &["h2"],
+        allowed: &["agent/grpc", "agent/tunnel"],
+        why: "only `tacit-grpc` and the tunnel use streams of HTTP/2",
     },
     Reserved {
         dependencies: &["kube", "k8s-openapi"],
@@ -36,9 +41,11 @@ const CORE: &str = "agent/core";
 const CORE_DEPENDENCIES: [&str; 5] = ["tacit-abi", "ipnet", "saphyr-parser", "serde", "thiserror"];
 
 /// Pure modules of other crates; `x` means the file x.rs and the folder x/.
-const PURE: [&str; 11] = [
+const PURE: [&str; 13] = [
     "agent/src/enrol/plan",
     "agent/src/enrol/pod_policy",
+    "agent/grpc/src/frame",
+    "agent/grpc/src/status",
     "agent/identity/src/istio/api",
     "agent/identity/src/istio/skew",
     "agent/authority/src/request",
@@ -190,6 +197,8 @@ mod tests {
         assert_eq!(manifest_problems("agent", &["libc", "kube", "tokio"]), 2);
         assert_eq!(manifest_problems("agent/tunnel", &["rustls", "aws-lc-rs"]), 0);
         assert_eq!(manifest_problems("agent/sources", &["kube", "k8s-openapi", "rustls"]), 1);
+        assert_eq!(manifest_problems("agent/grpc", &["h2", "rustls", "prost"]), 1);
+        assert_eq!(manifest_problems("agent/identity", &["h2"]), 1);
         assert_eq!(manifest_problems("xtask", &["libc"]), 0);
     }
 

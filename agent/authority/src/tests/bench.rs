@@ -9,9 +9,10 @@ use std::{
 use rustls::pki_types::{CertificateDer, UnixTime};
 use serde_json::{Value, json};
 use tacit_core::spiffe::{SpiffeId, TrustDomain};
+use tacit_grpc::Code;
 use tacit_identity::{
     credentials::Credentials,
-    istio::{CallError, IstioConfig, IstioError, IstioIssuer, api::Code},
+    istio::{CallError, IstioConfig, IstioError, IstioIssuer},
 };
 use tacit_testing::Scratch;
 use tokio::time::sleep;

@@ -21,7 +21,8 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, pem::PemObject as _},
     version::TLS13,
 };
-use tacit_identity::istio::api::{self, Code};
+use tacit_grpc::Code;
+use tacit_identity::istio::api;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpSocket, TcpStream},

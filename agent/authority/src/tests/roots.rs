@@ -4,7 +4,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use serde_json::json;
-use tacit_identity::{credentials::Credentials, istio::api::Code};
+use tacit_grpc::Code;
+use tacit_identity::credentials::Credentials;
 use tokio::time::sleep;
 
 use super::bench::{

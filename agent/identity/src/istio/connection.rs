@@ -1,20 +1,14 @@
 //! One call of the CA API: a TCP connection, TLS 1.3, HTTP/2, one request, one answer.
 //!
 //! A connection for each call: a node asks some hundred times a day, and a fresh connection meets a replaced authority,
-//! a new root file and a moved service without any notice. gRPC is spoken by hand over hyper, because a gRPC library
-//! would bring a service stack and TLS settings of its own for one method.
+//! a new root file and a moved service without any notice.
 
 use std::{io, sync::Arc, time::SystemTime};
 
-use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
-use hyper::{
-    HeaderMap, Request, Response, StatusCode,
-    body::Incoming,
-    client::conn::http2,
-    header::{AUTHORIZATION, CONTENT_TYPE, DATE, HeaderValue, TE},
+use http::{
+    HeaderMap,
+    header::{AUTHORIZATION, DATE, HeaderValue},
 };
-use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::{
     ClientConfig, RootCertStore,
     client::Resumption,
@@ -22,12 +16,12 @@ use rustls::{
     pki_types::{InvalidDnsNameError, ServerName},
     version::TLS13,
 };
+use tacit_grpc::{Channel, Code, KeepAlive, Settings, Status, client::Answer};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
-use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    api::{self, CertificateRequest, CertificateResponse, Code, MessageError},
+    api::{self, CertificateRequest, CertificateResponse},
     skew::parse_date,
 };
 
@@ -65,15 +59,9 @@ pub enum CallError {
         #[source]
         source: io::Error,
     },
-    /// The connection broke.
-    #[error("the connection to the authority broke: {0}")]
-    Http(#[from] hyper::Error),
-    /// The answer is no answer of gRPC.
-    #[error("the answer is not gRPC: {0}; is this address a CA?")]
-    Protocol(String),
-    /// The message cannot be read.
-    #[error("the answer cannot be read: {0}")]
-    Message(#[from] MessageError),
+    /// The connection broke, or the answer is not one of a CA.
+    #[error("the call of the authority failed: {0}; is this address a CA?")]
+    Grpc(#[source] tacit_grpc::CallError),
     /// The authority said no.
     #[error("the authority refused, {}: {message}", code.name())]
     Refused {
@@ -82,6 +70,15 @@ pub enum CallError {
         /// Its words.
         message: String,
     },
+}
+
+impl From<tacit_grpc::CallError> for CallError {
+    fn from(error: tacit_grpc::CallError) -> Self {
+        match error {
+            tacit_grpc::CallError::Status(Status { code, message }) => Self::Refused { code, message },
+            error => Self::Grpc(error),
+        }
+    }
 }
 
 /// The address, server name and credentials of a call.
@@ -106,13 +103,20 @@ pub(super) async fn call(
     target: CallTarget<'_>,
     message: &CertificateRequest,
 ) -> Result<CallResponse, CallError> {
-    let tls = connect(&target).await?;
-    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(tls)).await?;
-    // Ends with this call, whatever becomes of it.
-    let _driver = AbortOnDropHandle::new(tokio::spawn(connection));
-    let response = sender.send_request(request(target, message)?).await?;
-    let date = response.headers().get(DATE).and_then(|date| parse_date(date.to_str().ok()?));
-    Ok(CallResponse { outcome: outcome(response).await, date })
+    let settings = Settings {
+        origin: format!("https://{}", target.address),
+        message_max_bytes: api::MESSAGE_MAX_BYTES,
+        keep_alive: KeepAlive::Off,
+    };
+    let channel = Channel::open(connect(&target).await?, settings).await?;
+    let mut metadata = HeaderMap::new();
+    metadata.insert(AUTHORIZATION, target.token);
+    if let Some(cluster) = target.cluster {
+        metadata.insert("clusterid", cluster);
+    }
+    let Answer { headers, outcome } = channel.unary(api::PATH, &metadata, message).await;
+    let date = headers.get(DATE).and_then(|date| parse_date(date.to_str().ok()?));
+    Ok(CallResponse { outcome: outcome.map_err(CallError::from), date })
 }
 
 async fn connect(target: &CallTarget<'_>) -> Result<tokio_rustls::client::TlsStream<TcpStream>, CallError> {
@@ -134,51 +138,4 @@ async fn connect(target: &CallTarget<'_>) -> Result<tokio_rustls::client::TlsStr
         name: target.server_name.to_owned(),
         source,
     })
-}
-
-fn request(target: CallTarget<'_>, message: &CertificateRequest) -> Result<Request<Full<Bytes>>, CallError> {
-    let mut request = Request::post(format!("https://{}{}", target.address, api::PATH))
-        .header(CONTENT_TYPE, api::CONTENT_TYPE)
-        .header(TE, "trailers")
-        .header(AUTHORIZATION, target.token);
-    if let Some(cluster) = target.cluster {
-        request = request.header("clusterid", cluster);
-    }
-    let body = Full::new(api::frame(message));
-    request.body(body).map_err(|e| CallError::Protocol(format!("{} is no address: {e}", target.address)))
-}
-
-async fn outcome(response: Response<Incoming>) -> Result<CertificateResponse, CallError> {
-    if response.status() != StatusCode::OK {
-        return Err(CallError::Protocol(format!("HTTP status {}", response.status())));
-    }
-    // A refusal may come in the headers, without a body.
-    if let Some(code) = status(response.headers()) {
-        refuse(code, response.headers())?;
-    }
-    let body = Limited::new(response.into_body(), api::MESSAGE_MAX_BYTES).collect().await.map_err(|e| {
-        if e.is::<LengthLimitError>() {
-            return CallError::Protocol(format!("it is longer than {} bytes", api::MESSAGE_MAX_BYTES));
-        }
-        e.downcast::<hyper::Error>().map_or_else(|e| CallError::Protocol(e.to_string()), |e| (*e).into())
-    })?;
-    let trailers = body.trailers().cloned().unwrap_or_default();
-    match status(&trailers) {
-        Some(code) => refuse(code, &trailers)?,
-        None => return Err(CallError::Protocol("it ended without a status".to_owned())),
-    }
-    Ok(api::unframe(&body.to_bytes())?)
-}
-
-fn status(headers: &HeaderMap) -> Option<Code> {
-    Code::parse(headers.get("grpc-status")?.as_bytes())
-}
-
-/// An error for any code but success.
-fn refuse(code: Code, headers: &HeaderMap) -> Result<(), CallError> {
-    let message = headers.get("grpc-message").map(|text| api::decode_text(text.as_bytes()));
-    match code {
-        Code::Ok => Ok(()),
-        code => Err(CallError::Refused { code, message: message.unwrap_or_default() }),
-    }
 }
