@@ -19,7 +19,7 @@ pub(super) use network::{Node, ServiceCidr};
 
 /// The watched resources.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) enum ResourceKind {
+pub(crate) enum ResourceKind {
     Namespaces,
     Pods,
     Services,
@@ -55,7 +55,7 @@ impl KindName for ResourceKind {
 
 /// An object of any watched resource.
 #[derive(Debug, Clone)]
-pub(super) enum Object {
+pub(crate) enum Object {
     Namespace(Box<Namespace>),
     Pod(Box<Pod>),
     Service(Box<Service>),
@@ -135,7 +135,7 @@ pub(super) struct Annotations {
 }
 
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct Namespace {
+pub(crate) struct Namespace {
     pub(super) metadata: Meta,
 }
 
@@ -156,7 +156,7 @@ impl Resource for Namespace {
 }
 
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct Pod {
+pub(crate) struct Pod {
     pub(super) metadata: Meta,
     #[serde(default)]
     pub(super) spec: PodSpec,
@@ -284,7 +284,7 @@ impl Pod {
 }
 
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct Service {
+pub(crate) struct Service {
     pub(super) metadata: Meta,
     #[serde(default)]
     pub(super) spec: ServiceSpec,
@@ -371,7 +371,7 @@ impl Resource for Service {
 /// Part of the endpoints of a service. In `discovery.k8s.io/v1beta1` the node's name may be in `topology`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Slice {
+pub(crate) struct Slice {
     pub(super) metadata: Meta,
     #[serde(default)]
     pub(super) address_type: String,
