@@ -89,8 +89,6 @@ pub struct Sources {
     pub directory: Opening<Directory>,
     /// The policies, if they are istiod's too.
     pub policies: Option<Opening<Policies>>,
-    /// The state of the connection.
-    pub connection: watch::Receiver<ConnectionState>,
 }
 
 /// Starts to follow istiod, and the API for the pods of this node. Policies are istiod's if `policies` is given.
@@ -124,7 +122,7 @@ pub async fn open(
     let directory = crate::directory::start_with_istiod(config, options, local_node, name(), |directory| {
         Client::new(dial, node, own, Sinks { directory, policies: of_policies }, state).run()
     })?;
-    Ok(Sources { directory, policies, connection })
+    Ok(Sources { directory: directory.with_connection(connection), policies })
 }
 
 /// Returns the node that istiod expects of a proxy for the pods of a node.

@@ -21,7 +21,7 @@ use tacit_kernel::{
     DropCount, ExceptionCounter, GuardedLink, HookProgram, Kernel, KernelCounter, PlaintextEgress,
     connect_programs, host,
 };
-use tacit_sources::reload::ReloadState;
+use tacit_sources::{istiod::ConnectionState, reload::ReloadState};
 use tokio::sync::watch;
 
 use crate::{
@@ -31,10 +31,11 @@ use crate::{
     mesh::NodesNotApplied,
     proxy::Proxy,
     telemetry::status::{
-        AgentState, CertificateStatus, CniStatus, CounterStatus, DropStatus, ExceptionStatus, FlowsStatus,
-        GuardStatus, HookProgramStatus, IssuerStatus, MeshStatus, NodeStateStatus, NodesStatus, PodState,
-        PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, ShareStatus, SourceKind, SourceStatus,
-        Status, UncoveredStatus, UnnamedStatus,
+        AgentState, CertificateStatus, CniStatus, ConnectionStatus, CounterStatus, DropStatus,
+        ExceptionStatus, FlowsStatus, GuardStatus, HookProgramStatus, IssuerStatus, MeshStatus,
+        NodeStateStatus, NodesStatus, PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX,
+        RejectionStatus, ResourcesStatus, ShareStatus, SourceKind, SourceStatus, Status, UncoveredStatus,
+        UnnamedStatus,
     },
 };
 
@@ -112,10 +113,7 @@ impl Report {
                 .iter()
                 .filter_map(certificate)
                 .collect(),
-            sources: vec![
-                source(SourceKind::Directory, &self.proxy.snapshots.directory.state()),
-                self.policy_source(),
-            ],
+            sources: vec![self.directory_source(), self.policy_source()],
             flows: FlowsStatus {
                 opening: self.proxy.openings.count() as u64,
                 ..self.proxy.telemetry.live_flows()
@@ -123,6 +121,12 @@ impl Report {
             pool: PoolStatus { idle_sessions: self.proxy.sessions.count_idle() as u64 },
             shares: self.shares(),
         }
+    }
+
+    fn directory_source(&self) -> SourceStatus {
+        let directory = &self.proxy.snapshots.directory;
+        let connection = directory.connection().map(connection);
+        SourceStatus { connection, ..source(SourceKind::Directory, &directory.state()) }
     }
 
     /// Returns the pods and services outside the mesh's ranges. The result is kept until the directory or the ranges
@@ -413,5 +417,23 @@ pub(super) fn source(kind: SourceKind, state: &ReloadState) -> SourceStatus {
         last_error: state.last_error.clone(),
         unreadable: state.unreadable.clone(),
         stale_seconds: state.stale_since.map_or(0, |since| since.elapsed().map_or(0, |age| age.as_secs())),
+        connection: None,
+    }
+}
+
+fn connection(state: ConnectionState) -> ConnectionStatus {
+    let resources = state.types.into_iter().map(|of| ResourcesStatus {
+        kind: of.name.to_owned(),
+        count: of.resources as u64,
+        services: of.services as u64,
+        version: of.version,
+        nonce: of.nonce,
+    });
+    ConnectionStatus {
+        connected_since: state.connected_since.map(Into::into),
+        connections: state.connections,
+        resources: resources.collect(),
+        rejections: state.rejections,
+        last_rejection: state.last_rejection.map(|(at, error)| RejectionStatus { at: at.into(), error }),
     }
 }

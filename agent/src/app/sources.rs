@@ -1,4 +1,4 @@
-//! The sources of directory and policies, as the configuration names them: files or the Kubernetes API.
+//! The sources of directory and policies, as the configuration names them: files, the Kubernetes API or istiod.
 
 use std::{
     path::Path,
@@ -16,6 +16,8 @@ use tacit_sources::{
 };
 use tokio::sync::watch;
 
+mod istiod;
+
 use crate::{
     app::AppError,
     config::{Config, Source},
@@ -30,8 +32,12 @@ pub(super) struct Sources {
 
 impl Sources {
     pub(super) async fn open(config: &Config, pods_cgroup: &Path) -> Result<Self, AppError> {
-        let directory = open_directory(config, pods_cgroup).await?;
-        Ok(Self { directory, policies: open_policies(config).await? })
+        let (directory, policies) = open_directory(config, pods_cgroup).await?;
+        let policies = match policies {
+            Some(policies) => policies,
+            None => open_policies(config).await?,
+        };
+        Ok(Self { directory, policies })
     }
 
     /// Returns the state of each source, for the operator.
@@ -50,10 +56,21 @@ impl Sources {
     }
 }
 
-/// The directory. It is used once it is complete: what an earlier agent left for pods that are not in it would be removed.
-async fn open_directory(config: &Config, pods_cgroup: &Path) -> Result<Opening<Directory>, AppError> {
+/// The directory, with the policies if both have one connection. It is used once it is complete: what an earlier agent left for pods
+/// that are not in it would be removed.
+async fn open_directory(
+    config: &Config,
+    pods_cgroup: &Path,
+) -> Result<(Opening<Directory>, Option<Opening<Policies>>), AppError> {
     let domain = config.trust_domain.clone();
     let ranges = Arc::new(Ranges::configured(&config.captured_ranges()));
+    let local_node = LocalNode {
+        node: config.node.clone(),
+        trust_domain: domain.clone(),
+        cgroups: CgroupLayout::of(pods_cgroup),
+        ranges: Arc::clone(&ranges),
+    };
+    let failed = |source| AppError::Kubernetes { field: "directory", source };
     match &config.directory {
         Source::File(file) => {
             let named = file.clone();
@@ -66,17 +83,21 @@ async fn open_directory(config: &Config, pods_cgroup: &Path) -> Result<Opening<D
                 }
                 Ok(known.within(Arc::clone(&last)))
             };
-            Ok(Watched::open(file, parse)?.into())
+            Ok((Watched::open(file, parse)?.into(), None))
         }
         Source::Kubernetes(options) => {
-            let local_node = LocalNode {
-                node: config.node.clone(),
-                trust_domain: domain,
-                cgroups: CgroupLayout::of(pods_cgroup),
-                ranges,
-            };
             let opened = tacit_sources::directory::open(options, local_node).await;
-            opened.map_err(|source| AppError::Kubernetes { field: "directory", source })
+            Ok((opened.map_err(failed)?, None))
+        }
+        Source::Istiod(istiod) => {
+            let options = istiod::options(istiod, config).await?;
+            let scope = istiod::PolicyScope {
+                root_namespace: config.root_namespace.clone(),
+                minimum: config.minimum_mode,
+            };
+            let scope = matches!(config.policy, Source::Istiod(())).then_some(scope);
+            let opened = tacit_sources::istiod::open(&options, local_node, scope).await.map_err(failed)?;
+            Ok((opened.directory, opened.policies))
         }
     }
 }
@@ -100,6 +121,8 @@ async fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
             })?
             .into())
         }
+        // The configuration refuses policies from istiod without a directory from there.
+        Source::Istiod(()) => Err(AppError::TaskFailed),
         Source::Kubernetes(options) => {
             let opened = tacit_sources::policy::open(options, root, minimum).await;
             opened.map_err(|source| AppError::Kubernetes { field: "policy", source })
