@@ -393,3 +393,6 @@ fn effect(root_namespace: &str, name: &str) -> String {
         namespace => format!("all connections to pods of namespace {namespace} are denied"),
     }
 }
+
+#[cfg(test)]
+mod tests;

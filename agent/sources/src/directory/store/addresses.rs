@@ -98,8 +98,10 @@ impl DirectoryStore {
         match content {
             AddressContent::Unreadable(problem) => {
                 // The version before stays in use.
-                let problem = format!("resource of istiod cannot be read: {problem}");
-                return self.problems.set(&of, vec![problem]);
+                let problem = format!(
+                    "resource {name} of istiod cannot be read, the version before stays in use: {problem}"
+                );
+                return self.problems.set_resource(&of, vec![problem]);
             }
             AddressContent::Removed => {
                 self.set_mesh_workload(&name, None);
@@ -113,9 +115,9 @@ impl DirectoryStore {
             AddressContent::Service(record) => {
                 self.set_mesh_workload(&name, None);
                 let problems = record.ranges.iter().map(|range| {
-                    format!("the range {range} of the service is not used: connections into it are not load-balanced")
+                    format!("service {name} of istiod: range {range} is not used: connections into it are not load-balanced")
                 });
-                self.problems.set(&of, problems.collect());
+                self.problems.set_resource(&of, problems.collect());
                 return self.set_mesh_service(&name, Some(record));
             }
         }
