@@ -41,7 +41,7 @@ const CORE: &str = "agent/core";
 const CORE_DEPENDENCIES: [&str; 5] = ["tacit-abi", "ipnet", "saphyr-parser", "serde", "thiserror"];
 
 /// Pure modules of other crates; `x` means the file x.rs and the folder x/.
-const PURE: [&str; 13] = [
+const PURE: [&str; 16] = [
     "agent/src/enrol/plan",
     "agent/src/enrol/pod_policy",
     "agent/grpc/src/frame",
@@ -53,6 +53,9 @@ const PURE: [&str; 13] = [
     "agent/authority/src/rate_limit",
     "agent/sources/src/directory/cgroup",
     "agent/sources/src/directory/store",
+    "agent/sources/src/istiod/address",
+    "agent/sources/src/istiod/authorization",
+    "agent/sources/src/istiod/session",
     "agent/sources/src/policy/document",
     "agent/sources/src/policy/store",
 ];
