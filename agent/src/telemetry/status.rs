@@ -4,6 +4,7 @@
 //! are added, never renamed. Values are plain text and numbers, with the unit in the name; times are RFC
 //! 3339.
 
+mod connection;
 mod exceptions;
 mod render;
 
@@ -19,6 +20,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use tacit_core::shares::{self, ShareUse};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
+pub use connection::{ConnectionStatus, RejectionStatus, ResourcesStatus};
 pub use exceptions::ExceptionStatus;
 pub use render::render;
 
@@ -399,45 +401,6 @@ pub struct SourceStatus {
     /// The connection to istiod, if the source has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connection: Option<ConnectionStatus>,
-}
-
-/// The connection to istiod.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ConnectionStatus {
-    /// Time of the first response of the connection; `None` without a connection.
-    pub connected_since: Option<Timestamp>,
-    /// Connections since the agent started.
-    pub connections: u64,
-    /// What istiod has sent, by type.
-    pub resources: Vec<ResourcesStatus>,
-    /// Responses that were rejected since the agent started.
-    pub rejections: u64,
-    /// The latest rejection.
-    pub last_rejection: Option<RejectionStatus>,
-}
-
-/// The known resources of a type.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ResourcesStatus {
-    /// `Address` or `Authorization`.
-    pub kind: String,
-    /// Number of resources.
-    pub count: u64,
-    /// Services among them.
-    pub services: u64,
-    /// Version of the latest response.
-    pub version: String,
-    /// Nonce of the latest response.
-    pub nonce: String,
-}
-
-/// A rejected response of istiod.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RejectionStatus {
-    /// Time of the rejection.
-    pub at: Timestamp,
-    /// The resources that cannot be read, with the reasons.
-    pub error: String,
 }
 
 /// The content of a source of configuration.
