@@ -128,7 +128,7 @@ fn istiods_workloads_policies_and_waypoints_hold_also_while_it_is_away() -> Resu
 
     // A converted PeerAuthentication makes the server STRICT.
     cluster.istiod.change(|world| world.workloads[1].policies = vec![server::STRICT.to_owned()]);
-    cluster.wait_mode(b, "strict")?;
+    cluster.wait_mode(b, "STRICT")?;
     ensure!(cluster.is_refused(&servers, "stranger")?, "plaintext to a STRICT pod");
     ensure!(cluster.echo(&servers, CLIENT)? == 0);
 
@@ -159,7 +159,7 @@ fn istiods_workloads_policies_and_waypoints_hold_also_while_it_is_away() -> Resu
         world.workloads[1].policies.clear();
         world.workloads[1].has_waypoint = false;
     });
-    cluster.wait_mode(b, "permissive")?;
+    cluster.wait_mode(b, "PERMISSIVE")?;
     tacit_topology::until("the waypoint is gone", || {
         Ok((!cluster.is_refused(&servers, CLIENT)?).then_some(()))
     })?;

@@ -126,6 +126,10 @@ struct Known {
 #[derive(Debug, Default)]
 struct TypeState {
     known: BTreeMap<Arc<str>, Known>,
+    /// Resources of which no version could be read. The server does not learn that the client has heard of them.
+    unread: BTreeSet<Arc<str>>,
+    /// True until the first response of a connection. It has all resources whose versions were not sent.
+    is_resuming: bool,
     /// True after the first response of the session.
     is_complete: bool,
     /// True if what the next response does not have is gone.
@@ -185,6 +189,7 @@ impl Session {
             let bytes: usize =
                 state.known.iter().map(|(name, known)| name.len() + known.version.len() + 8).sum();
             state.is_relisting = bytes > VERSIONS_MAX_BYTES;
+            state.is_resuming = true;
             let known = state.known.iter().filter(|_| !state.is_relisting);
             let known = known.map(|(name, known)| (name.to_string(), known.version.clone()));
             DeltaDiscoveryRequest {
@@ -224,11 +229,17 @@ impl Session {
         if std::mem::take(&mut state.is_relisting) {
             gone.extend(state.known.keys().cloned());
         }
+        if std::mem::take(&mut state.is_resuming) {
+            gone.extend(state.unread.iter().cloned());
+        }
         // What is gone makes room first.
         for ReadResource { name, .. } in &resources {
             gone.remove(name);
         }
-        gone.retain(|name| state.known.remove(name).is_some() || of == ResourceType::Authorization);
+        gone.retain(|name| {
+            let was_unread = state.unread.remove(name);
+            state.known.remove(name).is_some() || was_unread || of == ResourceType::Authorization
+        });
         for ReadResource { name, version, content } in &mut resources {
             let is_new = !state.known.contains_key(name);
             if is_new && content.is_ok() && state.known.len() >= of.max() {
@@ -236,12 +247,18 @@ impl Session {
             }
             match content {
                 Ok(content) => {
+                    state.unread.remove(name);
                     let is_service = matches!(content, Content::Address(AddressContent::Service(_)));
                     state
                         .known
                         .insert(Arc::clone(name), Known { version: std::mem::take(version), is_service });
                 }
-                Err(problem) => problems.push(format!("{name}: {problem}")),
+                Err(problem) => {
+                    problems.push(format!("{name}: {problem}"));
+                    if is_new && state.unread.len() < of.max() {
+                        state.unread.insert(Arc::clone(name));
+                    }
+                }
             }
         }
         (state.version, state.nonce) = (version, nonce.clone());
@@ -358,6 +375,26 @@ mod tests {
         );
         let many = session.accept(response("3", (0..9).map(|i| broken(&format!("x{i}"))).collect(), &[]));
         assert!(many.rejected.expect("rejected").ends_with("; and 4 more"));
+    }
+
+    #[test]
+    fn a_resource_that_was_never_read_ends_with_the_next_connection_that_does_not_have_it() {
+        let mut session = session();
+        let broken = |name: &str| resource(ResourceType::Address, name, "9", vec![0xff]);
+        let names =
+            |accepted: &Accepted| accepted.gone.iter().map(|name| name.to_string()).collect::<Vec<_>>();
+        session.connect();
+        session.accept(response("1", vec![broken("x"), broken("y"), broken("z"), workload("a", "1")], &[]));
+        assert!(names(&session.accept(response("2", vec![], &[]))).is_empty(), "a change, and not all of it");
+        assert_eq!(names(&session.accept(response("3", vec![], &["z"]))), ["z"]);
+        assert!(known(&mut session).len() == 1 && session.connect().len() == 2);
+        let resumed = session.accept(response("4", vec![broken("y")], &[]));
+        assert_eq!(names(&resumed), ["x"], "y is there, and a is unchanged");
+        session.connect();
+        assert_eq!(
+            names(&session.accept(response("5", vec![workload("y", "1")], &[]))),
+            Vec::<String>::new()
+        );
     }
 
     #[test]
