@@ -50,7 +50,7 @@ const KEEP_ALIVE: KeepAlive =
     KeepAlive::Every { interval: Duration::from_secs(60), timeout: Duration::from_secs(20) };
 /// Silence after which everything that belongs together has arrived. istiod sends the types of one push within milliseconds.
 const SETTLE: Duration = Duration::from_secs(1);
-/// A connection that lived for this long does not lengthen the next pause.
+/// A connection that lived for this long may end. istiod closes each one after half an hour or so.
 const LONG: Duration = Duration::from_secs(30);
 
 /// A byte stream to a server.
@@ -111,6 +111,7 @@ pub(super) struct Client {
     sinks: Sinks,
     state: watch::Sender<ConnectionState>,
     settle: Duration,
+    long: Duration,
 }
 
 /// The way a connection ended.
@@ -136,12 +137,12 @@ impl Client {
     ) -> Self {
         let types = &ResourceType::ALL[..if sinks.policies.is_some() { 2 } else { 1 }];
         let session = Session::new(node, types);
-        Self { dial, origin, own, session, sinks, state, settle: SETTLE }
+        Self { dial, origin, own, session, sinks, state, settle: SETTLE, long: LONG }
     }
 
     #[cfg(test)]
-    pub(super) fn settling_after(self, settle: Duration) -> Self {
-        Self { settle, ..self }
+    pub(super) fn with_times(self, settle: Duration, long: Duration) -> Self {
+        Self { settle, long, ..self }
     }
 
     pub(super) async fn run(mut self) {
@@ -149,15 +150,17 @@ impl Client {
         loop {
             let begin = Instant::now();
             let End::Failed(problem) = self.follow(&mut pause).await else { return };
+            let was_connected = self.state.borrow().connected_since.is_some();
             self.state.send_modify(|state| {
                 state.connected_since = None;
                 state.last_error = Some(problem.clone());
             });
-            if self.failed(problem).await.is_none() {
-                return;
-            }
-            if begin.elapsed() >= LONG {
+            if was_connected && begin.elapsed() >= self.long {
+                // Only a failure to connect again makes the state outdated.
+                tracing::debug!(problem, "the connection to istiod has ended");
                 pause = Pause::default();
+            } else if self.failed(problem).await.is_none() {
+                return;
             }
             sleep(pause.next(random())).await;
         }

@@ -84,6 +84,11 @@ impl Drop for Stream {
 
 impl Harness {
     pub(super) fn start() -> Self {
+        Self::start_with(Duration::from_secs(3600))
+    }
+
+    /// Starts a client for which a connection may end after `long`.
+    pub(super) fn start_with(long: Duration) -> Self {
         let (sender, connections) = mpsc::unbounded_channel();
         let fault = Arc::new(Mutex::new(Fault::None));
         let (directory_sender, directory) = mpsc::channel(1024);
@@ -97,7 +102,7 @@ impl Harness {
         let id = node("ztunnel~10.0.0.1~agent.ns~ns.svc.cluster.local".to_owned(), "c", &[]);
         let dialled = (dial(sender, Arc::clone(&fault)), "https://istiod:15012".to_owned());
         let client = Client::new(dialled, id, own, sinks, state_sender);
-        let client = tokio::spawn(client.settling_after(Duration::from_millis(50)).run());
+        let client = tokio::spawn(client.with_times(Duration::from_millis(50), long).run());
         let (directory, policies) = (Some(directory), Some(policies));
         Self { connections, fault, directory, policies, state, client }
     }

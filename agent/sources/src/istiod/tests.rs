@@ -1,6 +1,6 @@
 //! The client against a server that does what a test says.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tacit_core::{
     directory::Directory,
@@ -137,6 +137,24 @@ async fn a_broken_connection_resumes_and_loses_nothing() {
     stream.reset();
     let mut stream = harness.stream().await;
     assert_eq!(stream.request().await.initial_resource_versions.len(), 3);
+}
+
+#[tokio::test]
+async fn an_old_connection_may_end_and_a_failure_to_connect_again_is_one() {
+    let mut harness = Harness::start_with(Duration::ZERO);
+    let mut stream = harness.stream().await;
+    begin(&mut stream).await;
+    let (directory, _) = harness.complete().await;
+    let before = directory.state().refusals;
+    harness.state_with(|state| state.connected_since.is_some()).await;
+    stream.finish(&Status::new(Code::Ok, "")).await;
+    // The next one is refused before it has an answer.
+    let mut stream = harness.stream().await;
+    assert_eq!((directory.state().stale_since, directory.state().refusals), (None, before));
+    stream.request().await;
+    stream.finish(&Status::new(Code::Unavailable, "down")).await;
+    let mut state = directory.states();
+    within(state.wait_for(|state| state.stale_since.is_some())).await.expect("running");
 }
 
 #[tokio::test]
