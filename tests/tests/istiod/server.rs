@@ -147,7 +147,7 @@ fn resources(of: &str, mesh: &Mesh) -> Vec<Resource> {
             addresses: workload.addresses.clone(),
             tunnel_protocol: 1,
             service_account: "client".to_owned(),
-            waypoint: workload.has_waypoint.then(|| Gateway { port: 15008 }),
+            waypoint: workload.has_waypoint.then_some(Gateway { port: 15008 }),
             node: workload.node.clone(),
             policies: workload.policies.clone(),
             cluster: CLUSTER.to_owned(),

@@ -75,6 +75,15 @@ impl Directory {
         self.detours.get(key.as_str()).copied()
     }
 
+    /// Returns the proxy that clients of a service must go through.
+    #[must_use]
+    pub fn detour_of(&self, service: &Service) -> Option<Detour> {
+        if self.detours.is_empty() {
+            return None;
+        }
+        self.detours.get(DetourOf::Service(&service.namespace, &service.name).key().as_str()).copied()
+    }
+
     /// Sets or removes a detour. Returns true if it has changed.
     pub fn set_detour(&mut self, of: DetourOf<'_>, detour: Option<Detour>) -> bool {
         let key = of.key();

@@ -297,8 +297,10 @@ impl DirectoryStore {
             };
             let outer = outer_name(&record);
             let name = kubernetes_name(&record).filter(|_| of_api.is_some()).unwrap_or(&outer);
-            let of = DetourOf::Service(&record.namespace, name);
-            self.changed |= self.directory.set_detour(of, detour);
+            if self.directory.set_detour(DetourOf::Service(&record.namespace, name), detour) {
+                self.changed = true;
+                self.range_discovery.detour_changed(&format!("{}/{name}", record.namespace));
+            }
         }
     }
 

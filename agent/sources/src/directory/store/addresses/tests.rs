@@ -348,6 +348,30 @@ fn a_destination_behind_a_waypoint_or_a_gateway_is_not_reached_around_it() {
 }
 
 #[test]
+fn a_service_behind_a_waypoint_is_in_the_ranges_of_the_mesh() {
+    let cluster_ip = "10.96.0.1".parse().expect("an address");
+    let mut store = store();
+    store.apply_change(Change::Applied(api_service()));
+    send_service(&mut store, service(|_| {}));
+    send_workload(&mut store, pod("plain", "10.77.2.2", |w| w.is_tunnelled = false));
+    let directory = store.take_changed().expect("changed");
+    assert!(!directory.ranges().contains(cluster_ip), "nothing of it is enrolled");
+    send_service(&mut store, service(|s| s.has_waypoint = true));
+    let directory = store.take_changed().expect("changed");
+    assert!(directory.ranges().contains(cluster_ip));
+    // An address that anybody can write is not captured for a waypoint.
+    let outer = [198, 51, 100, 7];
+    send_service(
+        &mut store,
+        service(|s| {
+            (s.hostname, s.addresses, s.has_waypoint) = ("x.example".to_owned(), vec![outer.into()], true);
+        }),
+    );
+    let directory = store.take_changed().expect("changed");
+    assert!(!directory.ranges().contains(outer.into()));
+}
+
+#[test]
 fn the_addresses_of_a_service_entry_yield_to_pods_and_cluster_ips() {
     let entry = |name: &str, addresses: &[[u8; 4]]| {
         let addresses = addresses.iter().map(|ip| (*ip).into()).collect();
