@@ -15,7 +15,7 @@
 //! | `address`, `authorization` | messages become records and policies; pure |
 //! | `session` | versions, ACK and NACK; pure |
 //! | `client` | the connection |
-//! | `policies` | the store of policies; pure |
+//! | `policies` | the store of policies |
 
 use std::{net::IpAddr, sync::Arc};
 

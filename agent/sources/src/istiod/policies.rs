@@ -1,4 +1,4 @@
-//! Builds policies from the resources of istiod, one change at a time. Pure.
+//! Builds policies from the resources of istiod, one change at a time. It logs policies that cannot be read, and has no other effects.
 //!
 //! Workloads name the policies that select them, and the policies come in messages of their own. One may be there before the other.
 //! For a moment, until [`PolicyDocument::Settle`], a workload keeps the list that it had before, and a removed policy is kept
