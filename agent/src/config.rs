@@ -33,12 +33,14 @@ mod clear;
 mod cni;
 mod crl;
 mod issuer;
+pub mod istiod;
 mod kubernetes;
 mod trust;
 
 use crate::cni::CniConfig;
 use clear::clear_destination;
 pub use crl::CrlConfig;
+use istiod::IstiodConfig;
 pub use trust::FederationConfig;
 
 const FIELDS: [&str; 27] = [
@@ -177,17 +179,19 @@ pub struct Config {
 
 /// A source of configuration that is watched for changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Source<K> {
+pub enum Source<K, I> {
     /// A file.
     File(PathBuf),
     /// The API of Kubernetes.
     Kubernetes(K),
+    /// istiod.
+    Istiod(I),
 }
 
 /// Source of the directory: the addresses of workloads.
-pub type DirectorySource = Source<DirectoryOptions>;
+pub type DirectorySource = Source<DirectoryOptions, Box<IstiodConfig>>;
 /// Source of the policies.
-pub type PolicySource = Source<PolicyOptions>;
+pub type PolicySource = Source<PolicyOptions, ()>;
 
 /// Issuer of certificates.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -251,8 +255,10 @@ impl Config {
         let pods_cgroup = f.or("podsCgroup", None, |v| absolute(v).map(Some));
         let mesh_ranges = mesh_ranges(f, root);
         let service_ranges = f.or("serviceRanges", Vec::new(), ranges);
-        let directory = source(f, "directory", folder, kubernetes::directory);
-        let policy = source(f, "policy", folder, kubernetes::policy);
+        let of_istiod = |value: &Value<'_>, folder: &Path| istiod::directory(value, folder).map(Box::new);
+        let directory = source(f, "directory", folder, (kubernetes::directory, of_istiod));
+        let policy = source(f, "policy", folder, (kubernetes::policy, istiod::policy));
+        let policy = policy.filter(|policy| shares_connection(policy, root));
         let issuer = f.required("issuer", "{embedded: {directory: issuer}}");
         let issuer = issuer.and_then(|value| issuer::decode(&value, folder));
         let crl = f.or("crl", None, |value| crl::decode(value, folder).map(Some));
@@ -311,10 +317,12 @@ impl Config {
 /// Decodes `meshRanges`. A file as directory names no ranges, so the field is required. The Kubernetes API reports the ranges of
 /// nodes and pods, so the field is optional.
 fn mesh_ranges(fields: &mut Fields<'_>, root: &Value<'_>) -> Option<Vec<IpNet>> {
-    if root.peek("directory").is_some_and(|directory| directory.peek("kubernetes").is_some()) {
+    let detects =
+        |directory: &Value<'_>| ["kubernetes", "istiod"].iter().any(|of| directory.peek(of).is_some());
+    if root.peek("directory").is_some_and(|directory| detects(&directory)) {
         return fields.or("meshRanges", Vec::new(), ranges);
     }
-    let what = "the ranges of pod addresses, such as [10.77.0.0/16]; they are detected with {kubernetes: {}} as directory alone";
+    let what = "the ranges of pod addresses, such as [10.77.0.0/16]; they are detected with a directory from kubernetes or istiod alone";
     let value = fields.required("meshRanges", what)?;
     if value.items()?.is_empty() {
         value.refuse("the list is empty, nothing would be protected: write the ranges of pod addresses");
@@ -378,25 +386,37 @@ fn health(fields: &mut Fields<'_>, root: &Value<'_>, metrics: Option<SocketAddr>
     Some(health)
 }
 
-/// `{file: <path>}` or `{kubernetes: {..}}`.
-fn source<K>(
+/// Returns false, with a mistake, for policies from istiod without a directory from there: workloads name the policies that select
+/// them.
+fn shares_connection(policy: &PolicySource, root: &Value<'_>) -> bool {
+    let is_there = root.peek("directory").is_some_and(|directory| directory.peek("istiod").is_some());
+    if matches!(policy, Source::Istiod(())) && !is_there {
+        root.refuse("policy: {istiod: {}} uses the connection of the directory: write `directory: {istiod: {address: ..}}`");
+        return false;
+    }
+    true
+}
+
+/// `{file: <path>}`, `{kubernetes: {..}}` or `{istiod: {..}}`.
+fn source<K, I>(
     fields: &mut Fields<'_>,
     name: &str,
     folder: &Path,
-    kubernetes: fn(&Value<'_>, &Path) -> Option<K>,
-) -> Option<Source<K>> {
-    let what = format!("{{file: {name}.yaml}} or {{kubernetes: {{}}}}");
+    (kubernetes, istiod): (impl Fn(&Value<'_>, &Path) -> Option<K>, impl Fn(&Value<'_>, &Path) -> Option<I>),
+) -> Option<Source<K, I>> {
+    let what = format!("{{file: {name}.yaml}}, {{kubernetes: {{}}}} or {{istiod: {{..}}}}");
     let value = fields.required(name, &what)?;
-    let mut fields = value.fields(&["file", "kubernetes"])?;
-    match (fields.optional("file"), value.peek("kubernetes")) {
-        (Some(file), None) => Some(Source::File(folder.join(file.text()?))),
-        (None, Some(options)) => kubernetes(&options, folder).map(Source::Kubernetes),
-        (None, None) => {
+    let mut fields = value.fields(&["file", "kubernetes", "istiod"])?;
+    match (fields.optional("file"), value.peek("kubernetes"), value.peek("istiod")) {
+        (Some(file), None, None) => Some(Source::File(folder.join(file.text()?))),
+        (None, Some(options), None) => kubernetes(&options, folder).map(Source::Kubernetes),
+        (None, None, Some(options)) => istiod(&options, folder).map(Source::Istiod),
+        (None, None, None) => {
             value.refuse(format_args!("nothing in it: write {what}"));
             None
         }
-        (Some(_), Some(_)) => {
-            value.refuse("both `file` and `kubernetes`: remove one");
+        _ => {
+            value.refuse("more than one of `file`, `kubernetes` and `istiod`: leave one");
             None
         }
     }

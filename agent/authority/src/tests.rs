@@ -11,7 +11,7 @@ use std::time::Duration;
 use rcgen::{CertificateParams, KeyPair, SanType};
 use serde_json::json;
 use tacit_core::spiffe::SpiffeId;
-use tacit_grpc::Code;
+use tacit_grpc::{Channel, Code, KeepAlive, Settings};
 use tacit_identity::{
     issuer::Issuer,
     istio::{CallError, IstioError, Skew, api::CertificateRequest},
@@ -119,6 +119,32 @@ async fn an_agent_learns_why_a_static_pod_has_no_certificate() {
     until("a refusal", || problem().contains("namespace shop is not in staticPods.namespaces")).await;
     api.add_pod("shop", "plain", "default", "a");
     until("a certificate", || identities.ready(&default).is_ok()).await;
+}
+
+#[tokio::test]
+async fn another_service_at_the_address_is_called_with_the_same_credentials() {
+    let (_api, _running, agent) = started(HOUR).await;
+    let (io, metadata) = agent.issuer.dial().await.expect("connected");
+    assert!(metadata["authorization"].is_sensitive());
+    let settings = Settings {
+        origin: "https://authority".to_owned(),
+        message_max_bytes: 64 * 1024,
+        keep_alive: KeepAlive::Off,
+    };
+    let channel = Channel::open(io, settings).await.expect("HTTP/2");
+    let code = async |path| {
+        let answer =
+            channel.unary::<_, CertificateRequest>(path, &metadata, &CertificateRequest::default()).await;
+        answer.outcome.expect_err("refused").status().expect("a status").code
+    };
+    assert_eq!(
+        code("/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources").await,
+        Code::Unimplemented
+    );
+    assert_eq!(code(tacit_identity::istio::api::PATH).await, Code::InvalidArgument, "the token is accepted");
+    agent.send_token("another");
+    let (_, later) = agent.issuer.dial().await.expect("connected");
+    assert_ne!(later["authorization"], metadata["authorization"], "read for each connection");
 }
 
 #[tokio::test]

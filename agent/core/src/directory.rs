@@ -23,6 +23,7 @@ use crate::{
 mod behind;
 mod changes;
 mod claims;
+mod detour;
 mod file;
 mod labels;
 mod node_services;
@@ -35,6 +36,7 @@ use claims::{AddressClaims, CgroupClaims, CgroupRefusal};
 use service_addresses::ServiceAddresses;
 
 pub use claims::Conflict;
+pub use detour::{Detour, DetourOf};
 pub use labels::Labels;
 pub use node_services::{NodeService, NodeServices};
 pub use range::{
@@ -177,6 +179,8 @@ pub struct Directory {
     host_network: CowMap<Arc<str>, Arc<Workload>>,
     departed: Arc<Vec<Arc<Workload>>>,
     ranges: Arc<Ranges>,
+    /// Workloads and services that clients must not connect to directly.
+    detours: CowMap<Arc<str>, Detour>,
 }
 
 /// The workloads of a node, by name. A node has some hundred at most, but 10,000 pod objects can name one node.

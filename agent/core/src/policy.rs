@@ -42,16 +42,20 @@ mod metadata;
 mod namespace;
 mod object;
 mod peer_authentication;
+mod reduced;
 mod share;
 
 pub use authorization::{
     Authorization, AuthorizationDecision, AuthorizationPolicy, Match, UnmatchedPolicies,
+    reduced::{Listed, ReducedAction, ReducedMatch, ReducedPolicy, ReducedRules, ReducedScope, TextMatch},
 };
 pub use object::{Origin, PolicyKind, PolicyObject};
+pub use reduced::{ReducedNamespace, ReducedStrictness};
 pub use share::PolicyUsage;
 pub use tacit_abi::Mode;
 
 use namespace::NamespacePolicies;
+use reduced::ReducedPolicies;
 
 /// The modes of one workload.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -94,6 +98,8 @@ pub struct Policies {
     minimum: ModeSetting,
     /// Other names of the mesh's own trust domain.
     aliases: Arc<[TrustDomain]>,
+    /// The policies of a source that reduces them. There are no others then.
+    reduced: Option<Box<ReducedPolicies>>,
 }
 
 impl Default for Policies {
@@ -154,6 +160,47 @@ impl Policies {
             not_applied: BTreeMap::new(),
             minimum: ModeSetting::Inherit,
             aliases: Arc::default(),
+            reduced: None,
+        }
+    }
+
+    /// No policies yet of a source that reduces them, for the workloads of `node`.
+    #[must_use]
+    pub fn reduced(root_namespace: &str, node: Arc<str>) -> Self {
+        Self { reduced: Some(Box::new(ReducedPolicies::new(node))), ..Self::empty(root_namespace) }
+    }
+
+    /// Replaces the reduced policies of a namespace, or denies everything to its workloads if the policies exceed its share. In the
+    /// root namespace that concerns all workloads. Other sources have no reduced policies.
+    pub fn set_reduced_namespace(&mut self, namespace: Arc<str>, mut policies: ReducedNamespace) {
+        let excess = policies.usage.excess();
+        match &excess {
+            Some(why) => _ = self.not_applied.insert(Arc::clone(&namespace), why.as_str().into()),
+            None => _ = self.not_applied.remove(&namespace),
+        }
+        if let Some(why) = excess {
+            policies.scoped = vec![ReducedPolicy::not_applied(&namespace, ReducedScope::Namespace, &why)];
+        }
+        if let Some(reduced) = &mut self.reduced {
+            reduced.set_namespace(namespace, policies);
+        }
+    }
+
+    /// Replaces the reduced policies that hold for all workloads.
+    pub fn set_reduced_global(&mut self, mut policies: Vec<ReducedPolicy>) {
+        if let Some(why) = self.not_applied.get(&self.root_namespace) {
+            let refused = ReducedPolicy::not_applied(&self.root_namespace, ReducedScope::Global, why);
+            policies.push(refused);
+        }
+        if let Some(reduced) = &mut self.reduced {
+            reduced.set_global(policies);
+        }
+    }
+
+    /// Sets the modes that reduced policies show for the mesh as a whole.
+    pub fn set_reduced_strictness(&mut self, strictness: ReducedStrictness) {
+        if let Some(reduced) = &mut self.reduced {
+            reduced.set_strictness(strictness);
         }
     }
 
@@ -225,7 +272,11 @@ impl Policies {
             (None, None) => true,
             _ => false,
         };
-        is_same && Arc::ptr_eq(&self.root, &other.root) && self.minimum == other.minimum
+        let is_same_reduced = match (&self.reduced, &other.reduced) {
+            (Some(one), Some(other)) => one.is_same_for(namespace, other),
+            (one, other) => one.is_none() && other.is_none(),
+        };
+        is_same && is_same_reduced && Arc::ptr_eq(&self.root, &other.root) && self.minimum == other.minimum
     }
 
     /// Returns notes for authors of policies: rules that never match, or that match more than their text suggests.
@@ -245,8 +296,10 @@ impl Policies {
     #[must_use]
     pub fn share_uses(&self) -> [ShareUse<String>; 3] {
         let root = (!self.root.is_empty()).then_some((&self.root_namespace, &self.root));
-        let parts: Vec<(&str, PolicyUsage)> =
-            self.namespaces.iter().chain(root).map(|(name, part)| (&**name, part.usage)).collect();
+        let reduced = self.reduced.iter().flat_map(|reduced| reduced.namespaces.iter());
+        let reduced = reduced.map(|(name, part)| (&**name, part.usage));
+        let parts = self.namespaces.iter().chain(root).map(|(name, part)| (&**name, part.usage));
+        let parts: Vec<(&str, PolicyUsage)> = parts.chain(reduced).collect();
         let row = |share: &Share, units: fn(&PolicyUsage) -> u64| {
             let fullest = parts.iter().map(|(name, usage)| (units(usage), *name)).max();
             let fullest = fullest.filter(|(units, _)| *units > 0);
@@ -276,6 +329,9 @@ impl Policies {
     /// The authorization policies that select a workload.
     #[must_use]
     pub fn authorization(&self, workload: &Workload) -> Authorization {
+        if let Some(reduced) = &self.reduced {
+            return reduced.authorization(workload, Arc::clone(&self.aliases));
+        }
         let is_root = *workload.namespace == *self.root_namespace;
         let own = if is_root { None } else { self.own(&workload.namespace) };
         let parts = std::iter::once(&self.root).chain(own);
@@ -290,6 +346,9 @@ impl Policies {
     }
 
     fn written_mesh_default(&self) -> Mode {
+        if self.reduced.as_ref().is_some_and(|reduced| reduced.strictness().mesh) {
+            return Mode::Strict;
+        }
         self.root.mode_or(Mode::Permissive)
     }
 
@@ -297,7 +356,8 @@ impl Policies {
     #[must_use]
     pub fn may_be_strict(&self) -> bool {
         let mut parts = std::iter::once(&self.root).chain(self.namespaces.values());
-        self.mesh_default() == Mode::Strict || parts.any(|part| part.may_be_strict())
+        let reduced = self.reduced.as_ref().is_some_and(|reduced| reduced.strictness().anywhere);
+        self.mesh_default() == Mode::Strict || reduced || parts.any(|part| part.may_be_strict())
     }
 
     /// The modes that hold for a workload.
@@ -317,6 +377,9 @@ impl Policies {
     /// The modes that the policies set for a workload, without the minimum.
     #[must_use]
     pub fn written_modes(&self, workload: &Workload) -> Modes {
+        if let Some(reduced) = &self.reduced {
+            return reduced.modes(workload);
+        }
         let mesh = self.written_mesh_default();
         if self.root.is_strict {
             return Modes { default: Mode::Strict, ports: BTreeMap::new() };

@@ -76,6 +76,8 @@ reasons! {
     DestinationGone, "destination_gone", Destination, "The destination on the same node is no longer enrolled.";
     DestinationUnclear, "destination_unclear", Destination, "More than one workload or service claims the address.";
     DestinationUnproven, "destination_unproven", Other, "The directory gives the address to another pod than the one of this node.";
+    ThroughWaypoint, "through_waypoint", Other, "Clients must reach the destination through a waypoint, which the agent does not speak to.";
+    OtherNetwork, "other_network", Other, "The destination is in another network, behind a gateway that the agent does not speak to.";
     ReservedPort, "reserved_port", Other, "The destination port is one of the agent's.";
     OpeningLimit, "opening_limit", Other, "Too many connections of the pod wait for their destinations.";
     NoCertificate, "no_certificate", Other, "The pod's identity has no valid certificate.";

@@ -18,14 +18,18 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::header::HeaderValue;
+use http::{HeaderMap, header::HeaderValue};
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
 use rustls::{
     RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
 };
 use tacit_core::spiffe::SpiffeId;
-use tokio::{sync::Semaphore, task::spawn_blocking};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::Semaphore,
+    task::spawn_blocking,
+};
 
 pub use connection::CallError;
 pub use skew::Skew;
@@ -206,20 +210,35 @@ impl IstioIssuer {
     /// # Errors
     /// [`IstioError`].
     pub async fn ask(&self, message: &CertificateRequest) -> Result<Exchange, IstioError> {
-        let (roots, token) = (self.roots().await?, self.token().await?);
-        let target = CallTarget {
-            address: &self.config.address,
-            server_name: &self.config.server_name,
-            roots,
-            token,
-            cluster: self.config.cluster_id.clone(),
-        };
+        let target = self.target().await?;
         let sent = SystemTime::now();
         let CallResponse { outcome, date } = connection::call(target, message).await?;
         let received = SystemTime::now();
         let skew = date.map(|date| skew::by_date(sent, received, date));
         self.answered(received, skew);
         Ok(Exchange { answer: outcome?, sent, received, skew })
+    }
+
+    /// Connects to another service at the authority's address, with token and roots as they are now. Returns the connection after TLS,
+    /// with HTTP/2 as its protocol, and the metadata of calls. The caller sets the deadline.
+    ///
+    /// # Errors
+    /// [`IstioError`].
+    pub async fn dial(
+        &self,
+    ) -> Result<(impl AsyncRead + AsyncWrite + Unpin + Send + use<>, HeaderMap), IstioError> {
+        Ok(connection::dial(self.target().await?).await?)
+    }
+
+    async fn target(&self) -> Result<CallTarget<'_>, IstioError> {
+        let (roots, token) = (self.roots().await?, self.token().await?);
+        Ok(CallTarget {
+            address: &self.config.address,
+            server_name: &self.config.server_name,
+            roots,
+            token,
+            cluster: self.config.cluster_id.clone(),
+        })
     }
 
     fn answered(&self, at: SystemTime, measured: Option<Skew>) {

@@ -9,18 +9,25 @@ use tacit_core::{
     spiffe::TrustDomain,
 };
 
+use tokio::sync::mpsc;
+
 use crate::{
-    kubernetes::{self, KubernetesError, Sender, WatchTasks, access, list_and_watch},
+    istiod,
+    kubernetes::{
+        self, KubernetesError, ObjectStore as _, Sender, Update, WatchTasks, access, list_and_watch,
+        list_and_watch_selected, publish_of,
+    },
     reload::Opening,
 };
 
 mod cgroup;
-mod objects;
+pub(crate) mod objects;
 mod store;
 
 pub use cgroup::CgroupLayout;
-use objects::{Namespace, Node, Pod, Service, ServiceCidr, Slice};
+use objects::{Namespace, Node, Object, Pod, ResourceKind, Service, ServiceCidr, Slice};
 use store::DirectoryStore;
+pub use store::MeshPlace;
 
 /// Access to the API, and the label that enrols pods.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -92,5 +99,36 @@ fn watch_tasks(client: Client, news: Sender<DirectoryStore>) -> WatchTasks {
     watch_tasks
 }
 
+/// Starts to watch the API for this node, services and ranges, and `follow`, which sends the resources of istiod.
+pub(crate) fn start_with_istiod<F>(
+    config: Config,
+    options: &istiod::Options,
+    local_node: LocalNode,
+    name: String,
+    follow: impl FnOnce(mpsc::Sender<Update<ResourceKind, Object>>) -> F,
+) -> Result<Opening<Directory>, KubernetesError>
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let client = kubernetes::client(config)?;
+    let own = format!("spec.nodeName={},status.phase!=Succeeded,status.phase!=Failed", local_node.node);
+    let enrol = options.local.enrol_label.clone();
+    let store = DirectoryStore::with_istiod(enrol, local_node, options.place.clone());
+    let (news, updates) = mpsc::channel(DirectoryStore::CHANGES_MAX);
+    let istiod = follow(news.clone());
+    Ok(publish_of(name, store, updates, move || {
+        let mut watch_tasks = WatchTasks::new();
+        watch_tasks.spawn(list_and_watch::<Namespace>(client.clone(), news.clone()));
+        watch_tasks.spawn(list_and_watch_selected::<Pod>(client.clone(), news.clone(), own));
+        watch_tasks.spawn(list_and_watch::<Service>(client.clone(), news.clone()));
+        watch_tasks.spawn(list_and_watch::<Node>(client.clone(), news.clone()));
+        watch_tasks.spawn(list_and_watch::<ServiceCidr>(client, news));
+        watch_tasks.spawn(istiod);
+        watch_tasks
+    }))
+}
+
+#[cfg(test)]
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

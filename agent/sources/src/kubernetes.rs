@@ -21,10 +21,13 @@ mod reported;
 pub(crate) mod testing;
 mod watcher;
 
-pub(crate) use reflector::{InvalidObjects, ObjectStore, Sender, WatchTasks, start};
+pub(crate) use reflector::{
+    InvalidObjects, ObjectStore, Sender, WatchTasks, client, publish, publish_of, start,
+};
 pub(crate) use reported::{Problem, reported};
 pub(crate) use watcher::{
-    Change, Definition, KindName, Resource, Update, list_and_watch, list_and_watch_again, random,
+    Change, Definition, KindName, Pause, Resource, Update, list_and_watch, list_and_watch_again,
+    list_and_watch_selected, random,
 };
 
 /// The reason why the API cannot be used.

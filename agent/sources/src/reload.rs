@@ -28,7 +28,10 @@ use tokio::{
     time::{MissedTickBehavior, interval, sleep},
 };
 
-use crate::file::{self, LoadError};
+use crate::{
+    file::{self, LoadError},
+    istiod::ConnectionState,
+};
 
 pub mod folder;
 
@@ -68,6 +71,8 @@ pub struct ReloadState {
 pub struct Watched<T> {
     values: watch::Receiver<Arc<T>>,
     state: watch::Receiver<ReloadState>,
+    /// Of a source that keeps one.
+    connection: Option<watch::Receiver<ConnectionState>>,
     task: AbortHandle,
 }
 
@@ -142,7 +147,7 @@ impl<T: Send + Sync + 'static> Watched<T> {
             state: state_sender,
         };
         let task = tokio::spawn(reader.run(folder, reread)).abort_handle();
-        Self { values, state, task }
+        Self { values, state, connection: None, task }
     }
 }
 
@@ -163,6 +168,12 @@ impl<T> Watched<T> {
     #[must_use]
     pub fn state(&self) -> ReloadState {
         self.state.borrow().clone()
+    }
+
+    /// Returns the state of the connection to istiod, if the source has one.
+    #[must_use]
+    pub fn connection(&self) -> Option<ConnectionState> {
+        self.connection.as_ref().map(|state| state.borrow().clone())
     }
 
     /// Returns a receiver of the state.
@@ -189,13 +200,19 @@ impl<T> Opening<T> {
         state: watch::Receiver<ReloadState>,
         task: AbortHandle,
     ) -> Self {
-        Self(Watched { values, state, task })
+        Self(Watched { values, state, connection: None, task })
     }
 
     /// Returns a receiver of the state.
     #[must_use]
     pub fn states(&self) -> watch::Receiver<ReloadState> {
         self.0.state.clone()
+    }
+
+    /// Adds the state of the connection of the source.
+    pub(crate) fn with_connection(mut self, state: watch::Receiver<ConnectionState>) -> Self {
+        self.0.connection = Some(state);
+        self
     }
 
     /// Waits for the first complete value, without a limit. Returns `None` if the task exited.

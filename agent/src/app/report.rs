@@ -21,7 +21,7 @@ use tacit_kernel::{
     DropCount, ExceptionCounter, GuardedLink, HookProgram, Kernel, KernelCounter, PlaintextEgress,
     connect_programs, host,
 };
-use tacit_sources::reload::ReloadState;
+use tacit_sources::{istiod::ConnectionState, reload::ReloadState};
 use tokio::sync::watch;
 
 use crate::{
@@ -32,10 +32,11 @@ use crate::{
     mesh::NodesNotApplied,
     proxy::Proxy,
     telemetry::status::{
-        AgentState, CertificateStatus, CniStatus, CounterStatus, DropStatus, ExceptionStatus, FlowsStatus,
-        GuardStatus, HookProgramStatus, IssuerStatus, MeshStatus, NodeStateStatus, NodesStatus, PodState,
-        PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, RevocationListStatus, ShareStatus,
-        SourceKind, SourceStatus, Status, UncoveredStatus, UnnamedStatus,
+        AgentState, CertificateStatus, CniStatus, ConnectionStatus, CounterStatus, DropStatus,
+        ExceptionStatus, FlowsStatus, GuardStatus, HookProgramStatus, IssuerStatus, MeshStatus,
+        NodeStateStatus, NodesStatus, PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX,
+        RejectionStatus, ResourcesStatus, RevocationListStatus, ShareStatus, SourceKind, SourceStatus,
+        Status, UncoveredStatus, UnnamedStatus,
     },
 };
 
@@ -124,6 +125,12 @@ impl Report {
         }
     }
 
+    fn directory_source(&self) -> SourceStatus {
+        let directory = &self.proxy.snapshots.directory;
+        let connection = directory.connection().map(connection);
+        SourceStatus { connection, ..source(SourceKind::Directory, &directory.state()) }
+    }
+
     /// Returns the pods and services outside the mesh's ranges. The result is kept until the directory or the ranges
     /// change.
     pub(super) fn uncovered(&self) -> UncoveredStatus {
@@ -139,12 +146,15 @@ impl Report {
     }
 
     fn sources(&self) -> Vec<SourceStatus> {
-        let Snapshots { directory, revocation, federation, .. } = &self.proxy.snapshots;
+        let Snapshots { revocation, federation, .. } = &self.proxy.snapshots;
         let federation =
             federation.iter().map(|domain| source(SourceKind::Federation, &domain.roots.state()));
         let revocation = revocation.iter().map(|lists| source(SourceKind::Crl, &lists.state()));
-        let directory = source(SourceKind::Directory, &directory.state());
-        [directory, self.policy_source()].into_iter().chain(revocation).chain(federation).collect()
+        [self.directory_source(), self.policy_source()]
+            .into_iter()
+            .chain(revocation)
+            .chain(federation)
+            .collect()
     }
 
     fn revocation_lists(&self) -> Vec<RevocationListStatus> {
@@ -446,5 +456,23 @@ pub(super) fn source(kind: SourceKind, state: &ReloadState) -> SourceStatus {
         last_error: state.last_error.clone(),
         unreadable: state.unreadable.clone(),
         stale_seconds: state.stale_since.map_or(0, |since| since.elapsed().map_or(0, |age| age.as_secs())),
+        connection: None,
+    }
+}
+
+fn connection(state: ConnectionState) -> ConnectionStatus {
+    let resources = state.types.into_iter().map(|of| ResourcesStatus {
+        kind: of.name.to_owned(),
+        count: of.resources as u64,
+        services: of.services as u64,
+        version: of.version,
+        nonce: of.nonce,
+    });
+    ConnectionStatus {
+        connected_since: state.connected_since.map(Into::into),
+        connections: state.connections,
+        resources: resources.collect(),
+        rejections: state.rejections,
+        last_rejection: state.last_rejection.map(|(at, error)| RejectionStatus { at: at.into(), error }),
     }
 }

@@ -1,5 +1,5 @@
-//! The sources of directory and policies, as the configuration names them: files or the Kubernetes API. The file of revocation lists is
-//! watched like them.
+//! The sources of directory and policies, as the configuration names them: files, the Kubernetes API or istiod. The file of revocation
+//! lists is watched like them.
 
 use std::{
     path::Path,
@@ -18,6 +18,8 @@ use tacit_sources::{
     reload::{Opening, ReloadState, Watched},
 };
 use tokio::sync::watch;
+
+mod istiod;
 
 use crate::{
     app::AppError,
@@ -45,8 +47,12 @@ pub(super) struct Complete {
 impl Sources {
     pub(super) async fn open(config: &Config, pods_cgroup: &Path) -> Result<Self, AppError> {
         let (revocation, federation) = (open_revocation(config)?, open_federation(config)?);
-        let directory = open_directory(config, pods_cgroup).await?;
-        Ok(Self { directory, policies: open_policies(config).await?, revocation, federation })
+        let (directory, policies) = open_directory(config, pods_cgroup).await?;
+        let policies = match policies {
+            Some(policies) => policies,
+            None => open_policies(config).await?,
+        };
+        Ok(Self { directory, policies, revocation, federation })
     }
 
     /// Returns the state of each source, for the operator.
@@ -93,10 +99,21 @@ fn open_federation(config: &Config) -> Result<Vec<FederatedRoots>, AppError> {
     config.federation.iter().map(open).collect()
 }
 
-/// The directory. It is used once it is complete: what an earlier agent left for pods that are not in it would be removed.
-async fn open_directory(config: &Config, pods_cgroup: &Path) -> Result<Opening<Directory>, AppError> {
+/// The directory, with the policies if both have one connection. It is used once it is complete: what an earlier agent left for pods
+/// that are not in it would be removed.
+async fn open_directory(
+    config: &Config,
+    pods_cgroup: &Path,
+) -> Result<(Opening<Directory>, Option<Opening<Policies>>), AppError> {
     let domain = config.trust_domain.clone();
     let ranges = Arc::new(Ranges::configured(&config.captured_ranges()));
+    let local_node = LocalNode {
+        node: config.node.clone(),
+        trust_domain: domain.clone(),
+        cgroups: CgroupLayout::of(pods_cgroup),
+        ranges: Arc::clone(&ranges),
+    };
+    let failed = |source| AppError::Kubernetes { field: "directory", source };
     match &config.directory {
         Source::File(file) => {
             let named = file.clone();
@@ -109,28 +126,32 @@ async fn open_directory(config: &Config, pods_cgroup: &Path) -> Result<Opening<D
                 }
                 Ok(known.within(Arc::clone(&last)))
             };
-            Ok(Watched::open(file, parse)?.into())
+            Ok((Watched::open(file, parse)?.into(), None))
         }
         Source::Kubernetes(options) => {
-            let local_node = LocalNode {
-                node: config.node.clone(),
-                trust_domain: domain,
-                cgroups: CgroupLayout::of(pods_cgroup),
-                ranges,
-            };
             let opened = tacit_sources::directory::open(options, local_node).await;
-            opened.map_err(|source| AppError::Kubernetes { field: "directory", source })
+            Ok((opened.map_err(failed)?, None))
         }
+        Source::Istiod(istiod) => {
+            let options = istiod::options(istiod, config).await?;
+            let settings = matches!(config.policy, Source::Istiod(())).then(|| mesh_settings(config));
+            let opened = tacit_sources::istiod::open(&options, local_node, settings).await.map_err(failed)?;
+            Ok((opened.directory, opened.policies))
+        }
+    }
+}
+
+fn mesh_settings(config: &Config) -> MeshSettings {
+    MeshSettings {
+        root_namespace: config.root_namespace.clone(),
+        minimum: config.minimum_mode,
+        aliases: config.trust_domain_aliases.clone().into(),
     }
 }
 
 /// The policies. They are used once all are known: one that is missing would let through what it denies.
 async fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
-    let settings = MeshSettings {
-        root_namespace: config.root_namespace.clone(),
-        minimum: config.minimum_mode,
-        aliases: config.trust_domain_aliases.clone().into(),
-    };
+    let settings = mesh_settings(config);
     match &config.policy {
         Source::File(file) => {
             let named = file.clone();
@@ -147,6 +168,8 @@ async fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
             })?
             .into())
         }
+        // The configuration refuses policies from istiod without a directory from there.
+        Source::Istiod(()) => Err(AppError::TaskFailed),
         Source::Kubernetes(options) => {
             let opened = tacit_sources::policy::open(options, settings).await;
             opened.map_err(|source| AppError::Kubernetes { field: "policy", source })

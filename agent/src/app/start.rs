@@ -3,6 +3,7 @@
 
 use std::{
     num::NonZeroUsize,
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
@@ -22,7 +23,11 @@ use tacit_kernel::{
     host,
     netns::HostNetns,
 };
-use tacit_sources::{reload::Watched, roots::ConfigMapReader};
+use tacit_sources::{
+    kubernetes::KubernetesError,
+    reload::Watched,
+    roots::{ConfigMapKey, ConfigMapReader},
+};
 use tokio::sync::watch;
 
 use crate::{
@@ -199,13 +204,10 @@ async fn issuer(config: &Config, directory: &Watched<Directory>) -> Result<Issue
             let Some(at) = roots else { return Ok(Issuer::Istio(issuer)) };
             let kubeconfig = match &config.directory {
                 Source::Kubernetes(options) => options.kubeconfig.as_deref(),
+                Source::Istiod(istiod) => istiod.local.kubeconfig.as_deref(),
                 Source::File(_) => None,
             };
-            let reader = ConfigMapReader::open(kubeconfig, at).await.map_err(AppError::RootConfigMap)?;
-            let published: PublishedRoots = Box::new(move || {
-                let reader = reader.clone();
-                Box::pin(async move { reader.read().await })
-            });
+            let published = published_roots(kubeconfig, at).await.map_err(AppError::RootConfigMap)?;
             Ok(Issuer::Istio(issuer.with_published_roots(published)))
         }
         IssuerConfig::Spire(spire) => {
@@ -213,6 +215,18 @@ async fn issuer(config: &Config, directory: &Watched<Directory>) -> Result<Issue
             Ok(Issuer::Spire(SpireIssuer::new(spire.clone(), config.trust_domain.clone(), pods)))
         }
     }
+}
+
+/// Returns a reader of the roots in a ConfigMap.
+pub(super) async fn published_roots(
+    kubeconfig: Option<&Path>,
+    at: &ConfigMapKey,
+) -> Result<PublishedRoots, KubernetesError> {
+    let reader = ConfigMapReader::open(kubeconfig, at).await?;
+    Ok(Box::new(move || {
+        let reader = reader.clone();
+        Box::pin(async move { reader.read().await })
+    }))
 }
 
 /// Attaches the programs, or takes over those of the previous agent.
@@ -320,7 +334,8 @@ fn keep_cni(
     let socket = sandboxes::socket(&config.state_path);
     let wanted = config.cni.clone().zip(status);
     // The plugin of an earlier configuration asks too.
-    let may_be_asked = wanted.is_some() || matches!(config.directory, Source::Kubernetes(_));
+    let may_be_asked =
+        wanted.is_some() || matches!(config.directory, Source::Kubernetes(_) | Source::Istiod(_));
     async move {
         let answers = async {
             if may_be_asked {

@@ -88,7 +88,7 @@ fn spire(fields: &mut Fields<'_>, folder: &Path) -> Option<IssuerConfig> {
     Some(IssuerConfig::Spire(SpireConfig { socket: socket?, api: api? }))
 }
 
-fn config_map(value: &Value<'_>) -> Option<ConfigMapKey> {
+pub(super) fn config_map(value: &Value<'_>) -> Option<ConfigMapKey> {
     let mut fields = value.fields(&CONFIG_MAP_FIELDS)?;
     let mut name = |field: &str, example| {
         fields.required(field, example).and_then(|value| value.name().map(str::to_owned))
@@ -99,7 +99,7 @@ fn config_map(value: &Value<'_>) -> Option<ConfigMapKey> {
 }
 
 /// An address and the host in it.
-fn address_parts(text: &str) -> Result<(String, String), &'static str> {
+pub(super) fn address_parts(text: &str) -> Result<(String, String), &'static str> {
     const RULE: &str = "no host with a port: write it as istiod.istio-system.svc:15012";
     let (host, port) = text.rsplit_once(':').ok_or(RULE)?;
     let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);

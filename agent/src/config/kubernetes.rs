@@ -17,9 +17,13 @@ pub(super) fn directory(value: &Value<'_>, folder: &Path) -> Option<DirectoryOpt
     if value.is_null() {
         return Some(DirectoryOptions::default());
     }
-    let mut fields = value.fields(&DIRECTORY_FIELDS)?;
+    local(&mut value.fields(&DIRECTORY_FIELDS)?, folder)
+}
+
+/// Decodes the fields that a directory from istiod has too.
+pub(super) fn local(fields: &mut Fields<'_>, folder: &Path) -> Option<DirectoryOptions> {
     let enrol_label = fields.or("enrolLabel", EnrolLabel::default(), |v| v.parse(label));
-    let kubeconfig = kubeconfig(&mut fields, folder);
+    let kubeconfig = kubeconfig(fields, folder);
     Some(DirectoryOptions { enrol_label: enrol_label?, kubeconfig: kubeconfig? })
 }
 

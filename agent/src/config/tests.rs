@@ -217,8 +217,8 @@ drainTimeout: 10
             "line 4: meshRanges[2]: \"0.0.0.0/0\": prefix length 0 covers every address: write the ranges the pods' \
              addresses are taken from",
             "line 5: directory: is the single value \"directory.yaml\": write a mapping (`name: value` lines)",
-            "line 6: policy.url: unknown field: known here: file, kubernetes",
-            "line 6: policy: nothing in it: write {file: policy.yaml} or {kubernetes: {}}",
+            "line 6: policy.url: unknown field: known here: file, kubernetes, istiod",
+            "line 6: policy: nothing in it: write {file: policy.yaml}, {kubernetes: {}} or {istiod: {..}}",
             "line 7: issuer.embedded.directory: 7 is a number where text is expected: write \"7\"",
             "line 7: issuer.embedded.leafLifetime: \"5s\": outside the range: write a duration from 10s to 30d",
             "line 8: pinPath: \"/sys/../bpf\" has a `..`: write the path without it",
@@ -414,6 +414,10 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     let kubernetes = |field: &str| names(&schema["properties"][field]["properties"]["kubernetes"]);
     assert_eq!(kubernetes("directory"), sorted(&kubernetes::DIRECTORY_FIELDS));
     assert_eq!(kubernetes("policy"), sorted(&kubernetes::POLICY_FIELDS));
+    let istiod = |field: &str| &schema["properties"][field]["properties"]["istiod"];
+    assert_eq!(names(istiod("directory")), sorted(&istiod::DIRECTORY_FIELDS));
+    assert_eq!(names(istiod("policy")), Vec::<String>::new());
+    assert_eq!(istiod("directory")["properties"]["clusterId"]["default"], "Kubernetes");
     for (field, default) in [
         ("rootNamespace", ROOT_NAMESPACE),
         ("minimumMode", MINIMUM_MODES[0].0),
@@ -452,7 +456,7 @@ fn the_directory_can_come_from_kubernetes_and_the_node_from_the_environment() {
     };
     let options = |config: Config| match config.directory {
         DirectorySource::Kubernetes(options) => options,
-        DirectorySource::File(file) => panic!("{file:?}"),
+        other => panic!("{other:?}"),
     };
     let config = parse("{kubernetes: {}}", Some("worker-1.example")).expect("valid");
     assert_eq!(&*config.node, "worker-1.example");
@@ -473,8 +477,16 @@ fn the_directory_can_come_from_kubernetes_and_the_node_from_the_environment() {
             Some("A b"),
             "NODE_NAME=\"A b\" is no name of a node: set it from spec.nodeName",
         ),
-        ("{}", Some("a"), "directory: nothing in it: write {file: directory.yaml} or {kubernetes: {}}"),
-        ("{file: d.yaml, kubernetes: {}}", Some("a"), "directory: both `file` and `kubernetes`: remove one"),
+        (
+            "{}",
+            Some("a"),
+            "directory: nothing in it: write {file: directory.yaml}, {kubernetes: {}} or {istiod: {..}}",
+        ),
+        (
+            "{file: d.yaml, kubernetes: {}}",
+            Some("a"),
+            "directory: more than one of `file`, `kubernetes` and `istiod`: leave one",
+        ),
         (
             "{kubernetes: {label: x}}",
             Some("a"),
@@ -503,7 +515,7 @@ fn ranges_can_be_left_out_where_they_are_detected_and_nowhere_else() {
         let problem = ranges("{file: directory.yaml}", text).expect_err(text).to_string();
         let expected = if text.is_empty() {
             "meshRanges: missing: write the ranges of pod addresses, such as [10.77.0.0/16]; they are detected with \
-             {kubernetes: {}} as directory alone"
+             a directory from kubernetes or istiod alone"
         } else {
             "meshRanges: the list is empty, nothing would be protected: write the ranges of pod addresses"
         };
@@ -532,8 +544,15 @@ fn policies_can_come_from_kubernetes() {
         Ok(PolicySource::Kubernetes(PolicyOptions { kubeconfig }))
     );
     for (text, problem) in [
-        ("{}", "policy: nothing in it: write {file: policy.yaml} or {kubernetes: {}}"),
-        ("{file: p.yaml, kubernetes: {}}", "policy: both `file` and `kubernetes`: remove one"),
+        ("{}", "policy: nothing in it: write {file: policy.yaml}, {kubernetes: {}} or {istiod: {..}}"),
+        (
+            "{file: p.yaml, kubernetes: {}}",
+            "policy: more than one of `file`, `kubernetes` and `istiod`: leave one",
+        ),
+        (
+            "{istiod: {}}",
+            "policy: {istiod: {}} uses the connection of the directory: write `directory: {istiod: {address: ..}}`",
+        ),
         (
             "{kubernetes: {enrolLabel: a=b}}",
             "policy.kubernetes.enrolLabel: unknown field: known here: kubeconfig",
@@ -541,5 +560,59 @@ fn policies_can_come_from_kubernetes() {
     ] {
         let mistakes = policy(text).expect_err(text).to_string();
         assert!(mistakes.contains(problem), "{text}: {mistakes}");
+    }
+}
+
+#[test]
+fn directory_and_policies_can_come_from_istiod() {
+    let config = |directory: &str| {
+        let text = MINIMAL
+            .replace("{file: directory.yaml}", directory)
+            .replace("{file: /etc/tacit/policy.yaml}", "{istiod: {}}")
+            .replace("meshRanges: [10.77.0.0/16, \"fd77::/16\"]\n", "");
+        parse(&text)
+    };
+    let istiod = |directory: &str| {
+        let config = config(directory).expect("valid");
+        assert_eq!(config.captured_ranges().len(), 0);
+        assert_eq!(config.policy, PolicySource::Istiod(()));
+        let DirectorySource::Istiod(istiod) = config.directory else { panic!("another source") };
+        *istiod
+    };
+    let tls =
+        istiod("{istiod: {address: istiod.istio-system.svc:15012, rootFile: root.pem, tokenFile: token}}");
+    let istiod::IstiodAccess::Tls(access, None) = &tls.access else { panic!("{:?}", tls.access) };
+    assert_eq!(access.server_name, "istiod.istio-system.svc");
+    assert_eq!(access.root_file, Path::new("/etc/tacit/conf/root.pem"));
+    assert_eq!(access.cluster_id.as_ref().and_then(|id| id.to_str().ok()), Some("Kubernetes"));
+    assert_eq!((tls.place.cluster.as_str(), tls.place.network.as_str()), ("Kubernetes", ""));
+    assert_eq!(tls.local, DirectoryOptions::default());
+    let clear = istiod(
+        "{istiod: {address: \"[::1]:15010\", plaintext: true, clusterId: c, network: n, \
+         enrolLabel: a=b, kubeconfig: k}}",
+    );
+    assert_eq!(clear.access, istiod::IstiodAccess::Plaintext { address: "[::1]:15010".to_owned() });
+    assert_eq!((clear.place.cluster.as_str(), clear.place.network.as_str()), ("c", "n"));
+    assert_eq!(clear.local.enrol_label.to_string(), "a=b");
+    for (directory, problem) in [
+        ("{istiod: {}}", "directory.istiod.address: missing"),
+        ("{istiod: {address: istiod, plaintext: true}}", "no host with a port"),
+        (
+            "{istiod: {address: \"a:15012\"}}",
+            "directory.istiod.rootFile: missing: write the PEM file of istiod's roots",
+        ),
+        ("{istiod: {address: \"a:15012\", rootFile: r}}", "directory.istiod.tokenFile: missing"),
+        (
+            "{istiod: {address: \"a:15010\", plaintext: true, tokenFile: t, rootFile: r}}",
+            "plaintext uses no rootFile, tokenFile: remove them",
+        ),
+        ("{istiod: {address: \"a:15010\", plaintext: yes}}", "directory.istiod.plaintext"),
+        (
+            "{istiod: {address: \"a:15010\", plaintext: true, clusterId: \"\\u00e4\\n\"}}",
+            "no cluster id: write ASCII",
+        ),
+    ] {
+        let mistakes = config(directory).expect_err(directory).to_string();
+        assert!(mistakes.contains(problem), "{directory}: {mistakes}");
     }
 }

@@ -142,6 +142,10 @@ async fn reach(
         true => path.snapshots.directory.current(),
         false => discover(path, destination).await,
     };
+    // Also for the pods of this node: a waypoint enforces policies that the destination's agent does not have.
+    if let Some(detour) = directory.detour(destination).filter(|_| !is_inside) {
+        return Err(Refusal::new(detour.reason(), detour));
+    }
     let Some(service) = directory.service_for(destination).filter(|_| !is_inside) else {
         let route = find_route(path, pod, &directory, destination);
         let attempt = Attempt::before(Rest::Nothing, app);

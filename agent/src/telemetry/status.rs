@@ -4,6 +4,7 @@
 //! are added, never renamed. Values are plain text and numbers, with the unit in the name; times are RFC
 //! 3339.
 
+mod connection;
 mod exceptions;
 mod render;
 mod revocation;
@@ -20,6 +21,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use tacit_core::shares::{self, ShareUse};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
+pub use connection::{ConnectionStatus, RejectionStatus, ResourcesStatus};
 pub use exceptions::ExceptionStatus;
 pub use render::render;
 pub use revocation::RevocationListStatus;
@@ -401,6 +403,9 @@ pub struct SourceStatus {
     /// Policies that cannot be read and deny what they select, a line each.
     #[serde(default)]
     pub unreadable: Vec<String>,
+    /// The connection to istiod, if the source has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connection: Option<ConnectionStatus>,
 }
 
 /// The content of a source of configuration.

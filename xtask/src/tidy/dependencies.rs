@@ -56,6 +56,9 @@ const PURE: [&str; 16] = [
     "agent/authority/src/rate_limit",
     "agent/sources/src/directory/cgroup",
     "agent/sources/src/directory/store",
+    "agent/sources/src/istiod/address",
+    "agent/sources/src/istiod/authorization",
+    "agent/sources/src/istiod/session",
     "agent/sources/src/policy/document",
     "agent/sources/src/policy/store",
 ];

@@ -26,6 +26,7 @@ use crate::spiffe::TrustDomain;
 
 mod matching;
 pub(super) mod parse;
+pub(super) mod reduced;
 mod rule;
 
 use rule::{FlowAttributes, Rule};

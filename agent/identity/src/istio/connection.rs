@@ -109,14 +109,27 @@ pub(super) async fn call(
         keep_alive: KeepAlive::Off,
     };
     let channel = Channel::open(connect(&target).await?, settings).await?;
+    let metadata = metadata(target);
+    let Answer { headers, outcome } = channel.unary(api::PATH, &metadata, message).await;
+    let date = headers.get(DATE).and_then(|date| parse_date(date.to_str().ok()?));
+    Ok(CallResponse { outcome: outcome.map_err(CallError::from), date })
+}
+
+/// Connects to the target. Returns the connection, and the metadata of its calls.
+pub(super) async fn dial(
+    target: CallTarget<'_>,
+) -> Result<(tokio_rustls::client::TlsStream<TcpStream>, HeaderMap), CallError> {
+    let connected = connect(&target).await?;
+    Ok((connected, metadata(target)))
+}
+
+fn metadata(target: CallTarget<'_>) -> HeaderMap {
     let mut metadata = HeaderMap::new();
     metadata.insert(AUTHORIZATION, target.token);
     if let Some(cluster) = target.cluster {
         metadata.insert("clusterid", cluster);
     }
-    let Answer { headers, outcome } = channel.unary(api::PATH, &metadata, message).await;
-    let date = headers.get(DATE).and_then(|date| parse_date(date.to_str().ok()?));
-    Ok(CallResponse { outcome: outcome.map_err(CallError::from), date })
+    metadata
 }
 
 async fn connect(target: &CallTarget<'_>) -> Result<tokio_rustls::client::TlsStream<TcpStream>, CallError> {

@@ -8,7 +8,10 @@ use serde::{Deserialize, de::IgnoredAny};
 
 use tacit_core::directory::special_address;
 
-use crate::kubernetes::{KindName, Resource, or_default};
+use crate::{
+    istiod::address::AddressObject,
+    kubernetes::{KindName, Resource, or_default},
+};
 
 mod network;
 
@@ -16,18 +19,24 @@ pub(super) use network::{Node, ServiceCidr};
 
 /// The watched resources.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) enum ResourceKind {
+pub(crate) enum ResourceKind {
     Namespaces,
     Pods,
     Services,
     EndpointSlices,
     Nodes,
     ServiceCidrs,
+    /// Workloads and services of istiod.
+    Addresses,
 }
 
 impl ResourceKind {
-    pub(super) const ALL: [Self; 6] =
+    /// The resources of a directory from the Kubernetes API.
+    pub(super) const KUBERNETES: [Self; 6] =
         [Self::Namespaces, Self::Pods, Self::Services, Self::EndpointSlices, Self::Nodes, Self::ServiceCidrs];
+    /// The resources of a directory from istiod. Pods are those of the own node.
+    pub(super) const ISTIOD: [Self; 6] =
+        [Self::Namespaces, Self::Pods, Self::Services, Self::Nodes, Self::ServiceCidrs, Self::Addresses];
 }
 
 impl KindName for ResourceKind {
@@ -39,19 +48,21 @@ impl KindName for ResourceKind {
             Self::EndpointSlices => "endpointslices",
             Self::Nodes => "nodes",
             Self::ServiceCidrs => "servicecidrs",
+            Self::Addresses => "addresses",
         }
     }
 }
 
 /// An object of any watched resource.
 #[derive(Debug, Clone)]
-pub(super) enum Object {
+pub(crate) enum Object {
     Namespace(Box<Namespace>),
     Pod(Box<Pod>),
     Service(Box<Service>),
     Slice(Box<Slice>),
     Node(Box<Node>),
     ServiceCidr(Box<ServiceCidr>),
+    Address(Box<AddressObject>),
 }
 
 impl Object {
@@ -63,18 +74,21 @@ impl Object {
             Self::Slice(_) => ResourceKind::EndpointSlices,
             Self::Node(_) => ResourceKind::Nodes,
             Self::ServiceCidr(_) => ResourceKind::ServiceCidrs,
+            Self::Address(_) => ResourceKind::Addresses,
         }
     }
 
-    pub(super) fn meta(&self) -> &Meta {
-        match self {
+    /// Returns `namespace/name`, the name of an object without a namespace, or the name of a resource of istiod.
+    pub(super) fn full_name(&self) -> String {
+        super::store::full_name(match self {
             Self::Namespace(object) => &object.metadata,
             Self::Pod(object) => &object.metadata,
             Self::Service(object) => &object.metadata,
             Self::Slice(object) => &object.metadata,
             Self::Node(object) => &object.metadata,
             Self::ServiceCidr(object) => &object.metadata,
-        }
+            Self::Address(object) => return object.name.to_string(),
+        })
     }
 }
 
@@ -124,7 +138,7 @@ pub(super) struct Annotations {
 }
 
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct Namespace {
+pub(crate) struct Namespace {
     pub(super) metadata: Meta,
 }
 
@@ -145,7 +159,7 @@ impl Resource for Namespace {
 }
 
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct Pod {
+pub(crate) struct Pod {
     pub(super) metadata: Meta,
     #[serde(default)]
     pub(super) spec: PodSpec,
@@ -273,7 +287,7 @@ impl Pod {
 }
 
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct Service {
+pub(crate) struct Service {
     pub(super) metadata: Meta,
     #[serde(default)]
     pub(super) spec: ServiceSpec,
@@ -360,7 +374,7 @@ impl Resource for Service {
 /// Part of the endpoints of a service. In `discovery.k8s.io/v1beta1` the node's name may be in `topology`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Slice {
+pub(crate) struct Slice {
     pub(super) metadata: Meta,
     #[serde(default)]
     pub(super) address_type: String,

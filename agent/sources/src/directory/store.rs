@@ -16,14 +16,19 @@ use super::{
     EnrolLabel, LocalNode,
     objects::{Meta, Object, ResourceKind},
 };
-use crate::kubernetes::{self, InvalidObjects};
+use crate::{
+    istiod::address::{AddressContent, AddressObject},
+    kubernetes::{self, InvalidObjects},
+};
 
+mod addresses;
 mod interner;
 mod pods;
 mod problems;
 mod range_discovery;
 mod services;
 
+use addresses::Addresses;
 use interner::Interner;
 use pods::Mirror;
 use problems::Problems;
@@ -36,6 +41,26 @@ const DEPARTED_MAX: usize = 512;
 /// Label of a node with the name of its zone.
 const ZONE: &str = "topology.kubernetes.io/zone";
 
+pub use addresses::MeshPlace;
+
+/// The source of workloads elsewhere, and of endpoints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum MeshSource {
+    /// The Kubernetes API, as all else.
+    Kubernetes,
+    /// istiod.
+    Istiod,
+}
+
+impl MeshSource {
+    fn kinds(self) -> &'static [ResourceKind] {
+        match self {
+            Self::Kubernetes => &ResourceKind::KUBERNETES,
+            Self::Istiod => &ResourceKind::ISTIOD,
+        }
+    }
+}
+
 /// A change in the cluster.
 pub(super) type Change = kubernetes::Change<ResourceKind, Object>;
 
@@ -44,6 +69,9 @@ pub(super) type Change = kubernetes::Change<ResourceKind, Object>;
 pub(super) struct DirectoryStore {
     enrol: EnrolLabel,
     local_node: LocalNode,
+    source: MeshSource,
+    /// Of istiod.
+    addresses: Addresses,
     directory: Directory,
     /// True if the namespace's label enrols its pods.
     namespaces: HashMap<String, bool>,
@@ -73,6 +101,8 @@ impl DirectoryStore {
         directory.set_own_node(Arc::clone(&local_node.node));
         Self {
             enrol,
+            source: MeshSource::Kubernetes,
+            addresses: Addresses::default(),
             directory,
             range_discovery: RangeDiscovery::new(Arc::clone(&local_node.ranges)),
             local_node,
@@ -92,19 +122,32 @@ impl DirectoryStore {
         }
     }
 
+    /// A store whose workloads elsewhere come from istiod.
+    pub(super) fn with_istiod(enrol: EnrolLabel, local_node: LocalNode, place: MeshPlace) -> Self {
+        let (source, addresses) = (MeshSource::Istiod, Addresses::new(place));
+        Self { source, addresses, ..Self::new(enrol, local_node) }
+    }
+
     fn apply(&mut self, object: Object) {
         match object {
             Object::Namespace(namespace) => {
                 let enrols = self.label(&namespace.metadata) == Some(true);
                 self.namespace(namespace.metadata.name, enrols);
             }
-            Object::Pod(pod) => self.pod(*pod),
+            Object::Pod(pod) => {
+                if self.source == MeshSource::Istiod {
+                    self.own_pod(&full_name(&pod.metadata));
+                }
+                self.pod(*pod);
+            }
+            Object::Address(address) => self.address(*address),
             Object::Service(service) => self.service(*service),
             Object::Slice(slice) => self.slice(*slice),
             Object::Node(node) => {
                 let name = node.metadata.name.clone();
                 if *name == *self.local_node.node {
                     self.set_zone(node.metadata.labels.get(ZONE));
+                    self.set_locality(Some(&node.metadata.labels));
                 }
                 let (before, now) = self.range_discovery.node(*node);
                 self.node_addresses(&name, &before, &now);
@@ -119,15 +162,23 @@ impl DirectoryStore {
                 self.namespace(name.to_owned(), false);
                 self.namespaces.remove(name);
             }
-            ResourceKind::Pods => self.end_pod(name),
+            ResourceKind::Pods => {
+                self.end_pod(name);
+                self.own_pod_gone(name);
+            }
             ResourceKind::Services => {
                 self.services.remove(name);
                 self.rebuild(name);
+                self.service_outdated(name);
+            }
+            ResourceKind::Addresses => {
+                self.address(AddressObject { name: name.into(), content: AddressContent::Removed });
             }
             ResourceKind::EndpointSlices => self.remove_slice(name),
             ResourceKind::Nodes => {
                 if *name == *self.local_node.node {
                     self.set_zone(None);
+                    self.set_locality(None);
                 }
                 let before = self.range_discovery.remove(kind, name);
                 self.node_addresses(name, &before, &[]);
@@ -141,6 +192,11 @@ impl DirectoryStore {
         let seen = self.seen.remove(&kind).unwrap_or_default();
         let gone: Vec<String> = match kind {
             ResourceKind::Namespaces => not_in(&seen, self.namespaces.keys().cloned()),
+            ResourceKind::Pods if self.source == MeshSource::Istiod => {
+                not_in(&seen, self.addresses.own_pods().cloned())
+            }
+            // istiod says which resources are gone.
+            ResourceKind::Addresses => Vec::new(),
             ResourceKind::Pods => {
                 let pods = self.directory.iter().chain(self.directory.host_network());
                 let names = pods.map(|workload| workload.full_name());
@@ -180,8 +236,13 @@ impl DirectoryStore {
         if before == enrols {
             return;
         }
-        let pods: Vec<Arc<Workload>> =
-            self.directory.iter().filter(|workload| *workload.namespace == *name).cloned().collect();
+        // istiod knows which workloads elsewhere are enrolled.
+        let is_labelled = |workload: &Workload| {
+            self.source == MeshSource::Kubernetes || workload.node == self.local_node.node
+        };
+        let pods =
+            self.directory.iter().filter(|workload| *workload.namespace == *name && is_labelled(workload));
+        let pods: Vec<Arc<Workload>> = pods.cloned().collect();
         for workload in pods {
             let own = workload.labels.get(&self.enrol.name).map(|value| value == self.enrol.value);
             let protocol = self.protocol(&workload.full_name(), own.unwrap_or(enrols));
@@ -213,20 +274,21 @@ impl kubernetes::ObjectStore for DirectoryStore {
             }
             Change::Applied(object) => {
                 if let Some(seen) = self.seen.get_mut(&object.kind()) {
-                    seen.insert(full_name(object.meta()));
+                    seen.insert(object.full_name());
                 }
                 self.apply(object);
             }
-            Change::Deleted(object) => self.delete(object.kind(), &full_name(object.meta())),
+            Change::Deleted(object) => self.delete(object.kind(), &object.full_name()),
             Change::Listed(kind) => self.end_list(kind),
         }
         self.interner.sweep_if_grown();
     }
 
     fn take_changed(&mut self) -> Option<Directory> {
-        if self.listed.len() < ResourceKind::ALL.len() {
+        if self.source.kinds().iter().any(|kind| !self.listed.contains(kind)) {
             return None;
         }
+        self.update_mesh_services();
         // Publish a new range together with the pod or service that requires it.
         self.changed |= self.range_discovery.update(&mut self.directory);
         self.changed |= self.problems.update(&self.directory);
@@ -251,7 +313,7 @@ fn not_in(seen: &HashSet<String>, known: impl Iterator<Item = String>) -> Vec<St
 }
 
 /// Returns `namespace/name`, or the name of a namespace.
-fn full_name(meta: &Meta) -> String {
+pub(super) fn full_name(meta: &Meta) -> String {
     if meta.namespace.is_empty() { meta.name.clone() } else { format!("{}/{}", meta.namespace, meta.name) }
 }
 

@@ -79,12 +79,44 @@ pub(crate) type WatchTasks = JoinSet<()>;
 /// # Errors
 /// [`KubernetesError`]. An API that does not answer is not an error.
 pub(crate) fn start<S: ObjectStore>(
-    mut config: Config,
+    config: Config,
     store: S,
     follow: impl FnOnce(Client, Sender<S>) -> WatchTasks + Send + 'static,
 ) -> Result<Opening<S::Value>, KubernetesError> {
+    let name = format!("kubernetes {}", config.cluster_url);
+    let client = client(config)?;
+    let (sender, updates) = mpsc::channel(S::CHANGES_MAX);
+    Ok(publish_of(name, store, updates, || follow(client, sender)))
+}
+
+/// Returns a client of the API.
+///
+/// # Errors
+/// [`KubernetesError::Client`].
+pub(crate) fn client(mut config: Config) -> Result<Client, KubernetesError> {
+    // Watchers pause between retries themselves, and report failures at once.
+    config.default_retry = false;
+    Client::try_from(config).map_err(|error| KubernetesError::Client(Box::new(error)))
+}
+
+/// Publishes the values of `store`, which is fed by `updates`, until no sender of updates is left.
+pub(crate) fn publish<S: ObjectStore>(
+    name: String,
+    store: S,
+    updates: mpsc::Receiver<Update<S::Kind, S::Object>>,
+) -> Opening<S::Value> {
+    publish_of(name, store, updates, WatchTasks::new)
+}
+
+/// As [`publish`], with the senders of updates that `follow` starts.
+pub(crate) fn publish_of<S: ObjectStore>(
+    name: String,
+    store: S,
+    updates: mpsc::Receiver<Update<S::Kind, S::Object>>,
+    follow: impl FnOnce() -> WatchTasks + Send + 'static,
+) -> Opening<S::Value> {
     let state = ReloadState {
-        file: format!("kubernetes {}", config.cluster_url).into(),
+        file: name.into(),
         loaded_at: SystemTime::now(),
         loads: 0,
         refusals: 0,
@@ -92,9 +124,6 @@ pub(crate) fn start<S: ObjectStore>(
         stale_since: None,
         unreadable: Vec::new(),
     };
-    // Watchers pause between retries themselves, and report failures at once.
-    config.default_retry = false;
-    let client = Client::try_from(config).map_err(|error| KubernetesError::Client(Box::new(error)))?;
     let (values_sender, values) = watch::channel(Arc::new(S::Value::default()));
     let (state_sender, state) = watch::channel(state);
     let publisher = Publisher {
@@ -106,16 +135,15 @@ pub(crate) fn start<S: ObjectStore>(
         gather: GATHER,
     };
     let task = tokio::spawn(async move {
-        let (sender, updates) = mpsc::channel(S::CHANGES_MAX);
         // Without followers the publisher ends.
-        let _followers = follow(client, sender);
+        let _followers = follow();
         match spawn_blocking(move || publisher.run(updates)).await {
             Err(error) if error.is_panic() => resume_unwind(error.into_panic()),
             // The runtime ends.
             _ => {}
         }
     });
-    Ok(Opening::new(values, state, task.abort_handle()))
+    Opening::new(values, state, task.abort_handle())
 }
 
 struct Publisher<S: ObjectStore> {
@@ -154,7 +182,7 @@ impl<S: ObjectStore> Publisher<S> {
             Update::Change(change) => self.store.apply_change(change),
             Update::Fresh(kind) => {
                 if self.failing.remove(&kind).is_some() {
-                    tracing::info!(kind = kind.label(), "the Kubernetes API can be watched again");
+                    tracing::info!(kind = kind.label(), "the source answers again");
                     self.publish_failures();
                 }
             }
@@ -173,16 +201,12 @@ impl<S: ObjectStore> Publisher<S> {
     fn warn(&self, kind: S::Kind, problem: &str) {
         let kind = kind.label();
         if self.state.borrow().loads > 0 {
-            tracing::warn!(
-                kind,
-                problem,
-                "cannot watch the Kubernetes API; the last known state stays in use"
-            );
+            tracing::warn!(kind, problem, "cannot watch the source; the last known state stays in use");
         } else {
             tracing::warn!(
                 kind,
                 problem,
-                "cannot watch the Kubernetes API; the agent serves no pod until all resources are listed"
+                "cannot watch the source; the agent serves no pod until all resources are listed"
             );
         }
     }

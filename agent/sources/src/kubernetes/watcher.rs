@@ -158,11 +158,26 @@ pub(crate) async fn list_and_watch<K: Resource>(client: Client, updates: Sender<
     list_and_watch_again::<K>(client, updates, &Notify::new()).await;
 }
 
+/// As [`list_and_watch`], of the objects that a field selector selects, instead of [`Resource::FIELDS`].
+pub(crate) async fn list_and_watch_selected<K: Resource>(client: Client, updates: Sender<K>, fields: String) {
+    follow::<K>(Selection { client, fields: Some(fields) }, updates, &Notify::new()).await;
+}
+
 /// Lists and watches `K` until the receiver is dropped. Lists again after each request of `relist`, within [`RELIST_PAUSE`].
 pub(crate) async fn list_and_watch_again<K: Resource>(client: Client, updates: Sender<K>, relist: &Notify) {
+    follow::<K>(Selection { client, fields: K::FIELDS.map(str::to_owned) }, updates, relist).await;
+}
+
+/// The API, and the field selector of objects.
+struct Selection {
+    client: Client,
+    fields: Option<String>,
+}
+
+async fn follow<K: Resource>(api: Selection, updates: Sender<K>, relist: &Notify) {
     let mut pause = Pause::default();
     while !updates.is_closed() {
-        match list_served::<K>(&client, &updates).await {
+        match list_served::<K>(&api, &updates).await {
             Ok(None) => {
                 pause = Pause::default();
                 sleep(ABSENT_PAUSE).await;
@@ -174,7 +189,7 @@ pub(crate) async fn list_and_watch_again<K: Resource>(client: Client, updates: S
                     sleep(shortened(RELIST_PAUSE, random())).await;
                 };
                 tokio::select! {
-                    end = watch_on::<K>(&client, path, version, &updates, &mut pause) => {
+                    end = watch_on::<K>(&api, path, version, &updates, &mut pause) => {
                         if end.is_none() {
                             return;
                         }
@@ -195,11 +210,11 @@ pub(crate) async fn list_and_watch_again<K: Resource>(client: Client, updates: S
 /// Lists all objects from the newest path that is served. Returns the path and the version for the watch, or `None` if the
 /// server is too old for the resource.
 async fn list_served<K: Resource>(
-    client: &Client,
+    api: &Selection,
     updates: &Sender<K>,
 ) -> Result<Option<(&'static str, String)>, String> {
     for path in K::PATHS {
-        match list::<K>(client, path, updates).await {
+        match list::<K>(api, path, updates).await {
             Ok(version) => return Ok(Some((path, version))),
             Err(ListError::NotServed) => {}
             Err(ListError::Other(problem)) => return Err(format!("{path}: {problem}")),
@@ -222,11 +237,11 @@ async fn list_served<K: Resource>(
     Err(format!("{}: this API server does not serve the resource{help}", K::PATHS.join(", ")))
 }
 
-async fn list<K: Resource>(client: &Client, path: &str, updates: &Sender<K>) -> Result<String, ListError> {
+async fn list<K: Resource>(api: &Selection, path: &str, updates: &Sender<K>) -> Result<String, ListError> {
     let mut next: Option<String> = None;
     let mut first = true;
     loop {
-        let field_selector = K::FIELDS.map(str::to_owned);
+        let field_selector = api.fields.clone();
         let params = ListParams {
             limit: Some(K::PAGE),
             continue_token: next,
@@ -234,7 +249,7 @@ async fn list<K: Resource>(client: &Client, path: &str, updates: &Sender<K>) -> 
             ..ListParams::default()
         };
         let request = Request::new(path).list(&params).map_err(Error::BuildRequest)?;
-        let page = timeout(PAGE_TIMEOUT, client.request::<Page<K>>(request)).await;
+        let page = timeout(PAGE_TIMEOUT, api.client.request::<Page<K>>(request)).await;
         let page = page.map_err(|_| Error::ReadEvents(std::io::ErrorKind::TimedOut.into()))??;
         // A failed list starts again, and sends Listing again.
         let begin = std::mem::take(&mut first).then_some(Change::Listing(K::KIND));
@@ -247,7 +262,7 @@ async fn list<K: Resource>(client: &Client, path: &str, updates: &Sender<K>) -> 
         next = page.metadata.next.filter(|token| !token.is_empty());
         if next.is_none() {
             // From here on, objects that were not in the list count as deleted.
-            check_definition::<K>(client).await.map_err(ListError::Other)?;
+            check_definition::<K>(&api.client).await.map_err(ListError::Other)?;
             let _ = updates.send(Update::Change(Change::Listed(K::KIND))).await;
             let _ = updates.send(Update::Fresh(K::KIND)).await;
             return Ok(page.metadata.resource_version);
@@ -257,7 +272,7 @@ async fn list<K: Resource>(client: &Client, path: &str, updates: &Sender<K>) -> 
 
 /// Watches until a list is needed. Returns `None` if the receiver was dropped.
 async fn watch_on<K: Resource>(
-    client: &Client,
+    api: &Selection,
     path: &str,
     mut version: String,
     updates: &Sender<K>,
@@ -266,9 +281,9 @@ async fn watch_on<K: Resource>(
     loop {
         let begin = Instant::now();
         // After a failure, check the definition first. Otherwise the watch would count as working until it fails again.
-        let is_defined = if pause.tries > 0 { check_definition::<K>(client).await } else { Ok(()) };
+        let is_defined = if pause.tries > 0 { check_definition::<K>(&api.client).await } else { Ok(()) };
         let end = match is_defined {
-            Ok(()) => watch::<K>(client, path, &mut version, updates).await,
+            Ok(()) => watch::<K>(api, path, &mut version, updates).await,
             Err(problem) => WatchEnd::Failed(problem),
         };
         let (problem, list_again) = match end {
@@ -295,19 +310,19 @@ async fn watch_on<K: Resource>(
 
 /// Runs one watch from `version`, which is updated.
 async fn watch<K: Resource>(
-    client: &Client,
+    api: &Selection,
     path: &str,
     version: &mut String,
     updates: &Sender<K>,
 ) -> WatchEnd {
-    let (timeout_seconds, field_selector) = (Some(WATCH_SECONDS), K::FIELDS.map(str::to_owned));
+    let (timeout_seconds, field_selector) = (Some(WATCH_SECONDS), api.fields.clone());
     let params =
         WatchParams { timeout: timeout_seconds, bookmarks: true, field_selector, ..WatchParams::default() };
     let request = match Request::new(path).watch(&params, version) {
         Ok(request) => request,
         Err(error) => return WatchEnd::Failed(error.to_string()),
     };
-    let events = match timeout(WATCH_OPEN, client.request_events::<K>(request)).await {
+    let events = match timeout(WATCH_OPEN, api.client.request_events::<K>(request)).await {
         Ok(Ok(events)) => events,
         Ok(Err(error)) => return ended(&error),
         Err(_) => return WatchEnd::Failed(format!("no answer within {WATCH_OPEN:?}")),
@@ -327,7 +342,9 @@ async fn watch<K: Resource>(
         let is_gone = matches!(first.1, Update::Change(Change::Deleted(_)));
         let mut batch = vec![first];
         let end = match K::DEFINITION {
-            Definition::Custom(_) if is_gone => checks.check::<K>(client, &mut batch, events.as_mut()).await,
+            Definition::Custom(_) if is_gone => {
+                checks.check::<K>(&api.client, &mut batch, events.as_mut()).await
+            }
             _ => Ok(None),
         };
         let end = match end {
@@ -406,13 +423,13 @@ struct PageMeta {
 
 /// Exponential backoff.
 #[derive(Debug, Default)]
-struct Pause {
+pub(crate) struct Pause {
     tries: u32,
 }
 
 impl Pause {
     /// Returns the next pause. Doubles each time; `random` subtracts up to a half.
-    fn next(&mut self, random: u64) -> Duration {
+    pub(crate) fn next(&mut self, random: u64) -> Duration {
         let full = PAUSE_FIRST.saturating_mul(1 << self.tries.min(16)).min(PAUSE_MAX);
         self.tries = self.tries.saturating_add(1);
         shortened(full, random)

@@ -1,8 +1,9 @@
 //! A status as text for a terminal. Colour repeats what the words say, it never says it alone.
 
 use super::{
-    AgentState, CertificateStatus, CniStatus, HookProgramStatus, NodeStateStatus, NodesStatus, PartyStatus,
-    PodState, PodStatus, ShareStatus, Status, UnnamedStatus,
+    AgentState, CertificateStatus, CniStatus, ConnectionStatus, HookProgramStatus, NodeStateStatus,
+    NodesStatus, PartyStatus, PodState, PodStatus, RejectionStatus, ResourcesStatus, ShareStatus, Status,
+    UnnamedStatus,
 };
 use crate::telemetry::table::{Cell, Colour, Style, Table};
 
@@ -320,6 +321,30 @@ impl Page {
             for problem in &source.unreadable {
                 self.note(Style::Bad, &format!("not readable: {problem}"));
             }
+            if let Some(connection) = &source.connection {
+                self.connection(connection);
+            }
+        }
+    }
+
+    fn connection(&mut self, connection: &ConnectionStatus) {
+        match connection.connected_since {
+            Some(since) => {
+                let reconnects = connection.connections.saturating_sub(1);
+                self.note(Style::Plain, &format!("istiod: connected since {since}, {reconnects} reconnects"));
+            }
+            None => self.note(Style::Bad, "istiod: not connected"),
+        }
+        for ResourcesStatus { kind, count, services, version, nonce } in &connection.resources {
+            let services = if *services > 0 { format!(" ({services} services)") } else { String::new() };
+            self.note(
+                Style::Plain,
+                &format!("istiod: {count} {kind}{services}, version {version:?}, nonce {nonce:?}"),
+            );
+        }
+        if let Some(RejectionStatus { at, error }) = &connection.last_rejection {
+            let count = connection.rejections;
+            self.note(Style::Bad, &format!("istiod: {count} responses rejected, the last at {at}: {error}"));
         }
     }
 

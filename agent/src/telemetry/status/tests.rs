@@ -151,6 +151,22 @@ pub(in crate::telemetry) fn sample() -> Status {
             last_error: Some("line 3: mode: STRICTER is no mode".to_owned()),
             stale_seconds: 61,
             unreadable: vec!["AuthorizationPolicy shop/p: spec: is a list".to_owned()],
+            connection: Some(ConnectionStatus {
+                connected_since: Some(timestamp("2026-01-01T03:04:05Z")),
+                connections: 2,
+                resources: vec![ResourcesStatus {
+                    kind: "Address".to_owned(),
+                    count: 12,
+                    services: 3,
+                    version: "2026-01-01T03:04:05Z/7".to_owned(),
+                    nonce: "5f1e".to_owned(),
+                }],
+                rejections: 1,
+                last_rejection: Some(RejectionStatus {
+                    at: timestamp("2026-01-01T03:04:05Z"),
+                    error: "shop/p: scope is 7".to_owned(),
+                }),
+            }),
         }],
         flows: FlowsStatus { live: 1200, opening: 2, list: vec![flow()] },
         pool: PoolStatus { idle_sessions: 5 },

@@ -64,6 +64,11 @@ impl<S: ValueSet> ValueMatch<S> {
         self.any.is_some() && self.none.is_none()
     }
 
+    /// Returns the lists that are not absent.
+    pub(super) fn lists(&self) -> impl Iterator<Item = &S> {
+        self.any.iter().chain(&self.none)
+    }
+
     /// Adds values that also match. Both ask for one of a list, or for nothing, and exclude nothing.
     pub(super) fn widen(&mut self, other: Self) {
         debug_assert!(
@@ -76,7 +81,7 @@ impl<S: ValueSet> ValueMatch<S> {
     }
 
     pub(super) fn lookups(&self) -> usize {
-        self.any.iter().chain(&self.none).map(ValueSet::lookups).sum()
+        self.lists().map(ValueSet::lookups).sum()
     }
 }
 
@@ -265,6 +270,10 @@ pub(super) struct PortSet(HashSet<u16>);
 impl PortSet {
     pub(super) fn has(&self, port: u16) -> bool {
         self.0.contains(&port)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = u16> + use<'_> {
+        self.0.iter().copied()
     }
 }
 

@@ -15,8 +15,13 @@ pub(super) struct Rule {
     sources: Vec<SourceMatch>,
     operations: Vec<OperationMatch>,
     conditions: Vec<Condition>,
+    /// All of them must match, each by one of its alternatives. Only reduced policies have some.
+    clauses: Vec<Clause>,
     reach: Applicability,
 }
+
+/// Alternatives, of which one must match with all of its conditions. No alternative matches any flow.
+pub(super) type Clause = Vec<Vec<Condition>>;
 
 /// The applicability of a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -227,6 +232,18 @@ impl Condition {
         }
     }
 
+    /// Returns true if the condition holds for every source without an identity. What an address decides does not.
+    fn holds_unproven(&self, port: Option<u16>) -> bool {
+        match self {
+            Self::SourceIp(blocks) | Self::DestinationIp(blocks) => blocks.is_absent(),
+            Self::SourceNamespace(texts) | Self::SourcePrincipal(texts) | Self::SourceTrustDomain(texts) => {
+                texts.holds(|_| false)
+            }
+            Self::SourceAccount(accounts) => accounts.holds(|_| false),
+            Self::DestinationPort(ports) => ports.holds(|ports| port.is_some_and(|port| ports.has(port))),
+        }
+    }
+
     fn lookups(&self) -> usize {
         match self {
             Self::SourceIp(blocks) | Self::DestinationIp(blocks) => blocks.lookups(),
@@ -247,7 +264,12 @@ impl Rule {
         reach: Applicability,
     ) -> Self {
         let (sources, operations) = (joined_sources(sources), joined_operations(operations));
-        Self { sources, operations, conditions, reach }
+        Self { sources, operations, conditions, clauses: Vec::new(), reach }
+    }
+
+    /// Returns the rule of a reduced policy.
+    pub(super) fn of_clauses(clauses: Vec<Clause>, reach: Applicability) -> Self {
+        Self { clauses, ..Self::new(Vec::new(), Vec::new(), Vec::new(), reach) }
     }
 
     /// Returns the number of lookups of one match. A rule without any field is one.
@@ -255,7 +277,25 @@ impl Rule {
         let sources: usize = self.sources.iter().map(SourceMatch::lookups).sum();
         let operations: usize = self.operations.iter().map(|operation| operation.ports.lookups()).sum();
         let conditions: usize = self.conditions.iter().map(Condition::lookups).sum();
-        1 + sources + operations + conditions
+        let clauses = self.clauses.iter().flatten().flatten().map(Condition::lookups);
+        1 + sources + operations + conditions + clauses.sum::<usize>()
+    }
+
+    /// Returns true if the clauses match every flow to `port` whose source proves no identity, whatever its addresses. `None` is a
+    /// port that no list names.
+    pub(super) fn matches_unproven(&self, port: Option<u16>) -> bool {
+        let holds = |alternative: &Vec<Condition>| alternative.iter().all(|when| when.holds_unproven(port));
+        let clause = |clause: &Clause| clause.is_empty() || clause.iter().any(holds);
+        self.reach == Applicability::Evaluated && self.clauses.iter().all(clause)
+    }
+
+    /// Returns the ports that the clauses name.
+    pub(super) fn named_ports(&self) -> impl Iterator<Item = u16> {
+        let conditions = self.clauses.iter().flatten().flatten();
+        conditions.flat_map(|condition| match condition {
+            Condition::DestinationPort(ports) => ports.lists().flat_map(PortSet::iter).collect(),
+            _ => Vec::new(),
+        })
     }
 
     pub(super) fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
@@ -266,5 +306,10 @@ impl Rule {
             && from
             && to
             && self.conditions.iter().all(|when| when.matches(flow))
+            && self.clauses.iter().all(|clause| {
+                let matches =
+                    |alternative: &Vec<Condition>| alternative.iter().all(|when| when.matches(flow));
+                clause.is_empty() || clause.iter().any(matches)
+            })
     }
 }

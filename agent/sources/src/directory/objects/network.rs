@@ -6,7 +6,7 @@ use super::{Meta, Object, ResourceKind};
 use crate::kubernetes::{Definition, Resource, or_default};
 
 #[derive(Debug, Clone, Deserialize)]
-pub(in super::super) struct Node {
+pub(crate) struct Node {
     pub(in super::super) metadata: Meta,
     #[serde(default)]
     pub(in super::super) spec: NodeSpec,
@@ -54,7 +54,7 @@ impl Resource for Node {
 
 /// A range of ClusterIPs.
 #[derive(Debug, Clone, Deserialize)]
-pub(in super::super) struct ServiceCidr {
+pub(crate) struct ServiceCidr {
     pub(in super::super) metadata: Meta,
     #[serde(default)]
     pub(in super::super) spec: ServiceCidrSpec,

@@ -115,7 +115,7 @@ impl DirectoryStore {
         }
     }
 
-    fn put(&mut self, name: &str, workload: Workload, claim: AddressConflict, host_network: bool) {
+    pub(super) fn put(&mut self, name: &str, workload: Workload, claim: AddressConflict, host_network: bool) {
         let is_here = workload.node == self.local_node.node;
         if host_network {
             self.forget(&workload.namespace, &workload.name);

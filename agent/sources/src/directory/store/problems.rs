@@ -25,7 +25,19 @@ impl Problems {
         if problems.is_empty() {
             return self.clear(pod);
         }
-        let lines: Vec<String> = problems.iter().map(|problem| format!("pod {pod}: {problem}")).collect();
+        let lines = problems.iter().map(|problem| format!("pod {pod}: {problem}")).collect();
+        self.set_lines(pod, lines);
+    }
+
+    /// Replaces the problems of a resource of istiod. `key` begins with `istiod/`, which is no namespace of a pod with problems.
+    pub(super) fn set_resource(&mut self, key: &str, problems: Vec<String>) {
+        if problems.is_empty() {
+            return self.clear(key);
+        }
+        self.set_lines(key, problems);
+    }
+
+    fn set_lines(&mut self, pod: &str, lines: Vec<String>) {
         let known = self.of_pods.get(pod);
         if known == Some(&lines) {
             return;

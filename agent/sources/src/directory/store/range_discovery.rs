@@ -5,6 +5,7 @@
 //! | a node: `spec.podCIDRs` | the CIDR |
 //! | a ServiceCIDR: `spec.cidrs` | the CIDR |
 //! | an enrolled pod, a service with an enrolled endpoint | each of its addresses outside all other ranges |
+//! | a service behind a waypoint | each of its ClusterIPs outside all other ranges |
 //!
 //! Configured ranges always stay. A range whose source is gone stays until the last address is gone for which it is needed: one of
 //! an enrolled pod or of a service, in no other range. An address goes with its pod or service.
@@ -222,6 +223,13 @@ impl RangeDiscovery {
         self.changed_services.insert(name.to_owned());
     }
 
+    /// Records that clients of a service have another detour.
+    pub(super) fn detour_changed(&mut self, name: &str) {
+        if self.uncovered_services.contains(name) {
+            self.changed_services.insert(name.to_owned());
+        }
+    }
+
     pub(super) fn remove_service(&mut self, name: &str) {
         self.uncovered_services.remove(name);
         self.changed_services.remove(name);
@@ -339,6 +347,12 @@ impl RangeDiscovery {
                         let namespace = Some(Arc::clone(&service.namespace));
                         *outer_count += usize::from(self.add_address(ranges, address, namespace));
                     }
+                }
+            }
+            // A connection to a service behind a waypoint must meet the refusal. Only the API server allocates ClusterIPs.
+            if directory.detour_of(service).is_some() {
+                for address in &service.addresses {
+                    self.add_address(ranges, *address, None);
                 }
             }
             if service.all_addresses().all(|address| ranges.contains(address)) {

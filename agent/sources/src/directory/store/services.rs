@@ -1,6 +1,11 @@
 //! Services and their endpoint slices. A change of either rebuilds the service.
 
-use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+    sync::Arc,
+    time::Duration,
+};
 
 use tacit_core::directory::{
     self, Affinity, Endpoint, EndpointCondition, Endpoints, Hint, InternalTrafficPolicy, ListedEndpoint,
@@ -11,7 +16,7 @@ use super::{
     super::objects::{
         Conditions, HintName, Service, ServiceSpec, ServiceStatus, Slice, SliceEndpoint, SlicePort,
     },
-    DirectoryStore, full_name,
+    DirectoryStore, MeshSource, full_name,
 };
 
 /// Label of a slice with the name of its service.
@@ -54,6 +59,29 @@ struct EndpointRecord {
     for_zones: Box<[Arc<str>]>,
 }
 
+/// The endpoints of a service of Kubernetes.
+pub(super) enum Parts<'a> {
+    /// Its endpoint slices, as a node of a zone sees them.
+    Slices(Vec<&'a SliceRecord>, Option<&'a str>),
+    /// The endpoints of each port in both families.
+    Ports(HashMap<u16, [Endpoints; 2]>),
+}
+
+impl Parts<'_> {
+    /// Returns the endpoints of both families at a port.
+    fn at(&self, port: u16, name: &str) -> [Endpoints; 2] {
+        match self {
+            Self::Ports(ports) => ports.get(&port).cloned().unwrap_or_default(),
+            Self::Slices(slices, zone) => {
+                let all = slices.iter().flat_map(|slice| served(slice, name, *zone));
+                let (ipv4, ipv6): (Vec<_>, Vec<_>) =
+                    all.partition(|listed| listed.endpoint.address.is_ipv4());
+                [Endpoints::listed(ipv4), Endpoints::listed(ipv6)]
+            }
+        }
+    }
+}
+
 impl EndpointRecord {
     /// Returns the endpoint at `port`, as a node of `zone` sees it.
     fn listed(&self, port: u16, zone: Option<&str>) -> ListedEndpoint {
@@ -79,6 +107,7 @@ impl DirectoryStore {
         };
         self.services.insert(full.clone(), record);
         self.rebuild(&full);
+        self.service_outdated(&full);
     }
 
     pub(super) fn slice(&mut self, slice: Slice) {
@@ -156,10 +185,21 @@ impl DirectoryStore {
             }
             return;
         };
-        let slices: Vec<&SliceRecord> =
-            self.slices_of.get(full).into_iter().flatten().filter_map(|name| self.slices.get(name)).collect();
-        let service = build(record, &slices, self.zone.as_deref());
-        let known = self.directory.service_named(&record.namespace, &record.name);
+        let slices = self.slices_of.get(full).into_iter().flatten();
+        let parts = match self.source {
+            MeshSource::Kubernetes => {
+                let slices = slices.filter_map(|name| self.slices.get(name));
+                Parts::Slices(slices.collect(), self.zone.as_deref())
+            }
+            MeshSource::Istiod => self.mesh_parts(full),
+        };
+        let service = build(record, &parts);
+        self.put_service(full, service);
+    }
+
+    /// Adds or replaces a service of the directory.
+    pub(super) fn put_service(&mut self, full: &str, service: directory::Service) {
+        let known = self.directory.service_named(&service.namespace, &service.name);
         if known.is_none_or(|known| **known != service) {
             let addresses: Vec<IpAddr> = service.all_addresses().collect();
             self.range_discovery.service(full, &addresses, self.directory.ranges());
@@ -172,7 +212,7 @@ impl DirectoryStore {
 
 impl DirectoryStore {
     /// Records that the service of the directory no longer uses its addresses.
-    fn forget_service_addresses(&mut self, full: &str) {
+    pub(super) fn forget_service_addresses(&mut self, full: &str) {
         let Some((namespace, name)) = full.split_once('/') else { return };
         if let Some(service) = self.directory.service_named(namespace, name) {
             let addresses: Vec<IpAddr> = service.all_addresses().collect();
@@ -181,8 +221,8 @@ impl DirectoryStore {
     }
 }
 
-/// Returns the entry of a service for clients of this node, which is in `zone`.
-fn build(record: &ServiceRecord, slices: &[&SliceRecord], zone: Option<&str>) -> directory::Service {
+/// Returns the entry of a service for clients of this node.
+fn build(record: &ServiceRecord, parts: &Parts<'_>) -> directory::Service {
     let spec = &record.spec;
     let listed = spec.cluster_ips.iter().chain(&spec.cluster_ip);
     let addresses = parsed(listed.filter(|text| *text != HEADLESS));
@@ -193,14 +233,12 @@ fn build(record: &ServiceRecord, slices: &[&SliceRecord], zone: Option<&str>) ->
     ingress_ips.sort_unstable();
     ingress_ips.dedup();
     // Clients of a headless service connect to endpoint addresses from DNS.
-    let slices = if addresses.is_empty() { &[] } else { slices };
+    let is_headless = addresses.is_empty();
     let tcp = spec.ports.iter().filter(|port| is_tcp(port.protocol.as_deref()));
     let ports = tcp.map(|port| {
-        let all = slices.iter().flat_map(|slice| served(slice, &port.name, zone));
-        let (ipv4, ipv6): (Vec<_>, Vec<_>) = all.partition(|listed| listed.endpoint.address.is_ipv4());
         // 0 is written for services without node ports.
         let node_port = port.node_port.filter(|port| *port != 0);
-        let (ipv4, ipv6) = (Endpoints::listed(ipv4), Endpoints::listed(ipv6));
+        let [ipv4, ipv6] = if is_headless { Default::default() } else { parts.at(port.port, &port.name) };
         ServicePort { port: port.port, node_port, ipv4, ipv6 }
     });
     let udp = spec.ports.iter().filter(|port| port.protocol.as_deref() == Some("UDP"));

@@ -36,7 +36,7 @@ fn within(configured: &[&str]) -> DirectoryStore {
 }
 
 fn list_all(store: &mut DirectoryStore) {
-    for kind in ResourceKind::ALL {
+    for kind in ResourceKind::KUBERNETES {
         store.apply_change(Change::Listing(kind));
         store.apply_change(Change::Listed(kind));
     }
@@ -75,7 +75,7 @@ fn nodes_and_service_cidrs_add_ranges_to_the_configured_ones() {
 fn the_first_directory_has_the_ranges_of_all_that_was_listed() {
     let mut store = store();
     store.apply_change(Change::Applied(pod("web", "b", "10.78.0.2", enrolled)));
-    for kind in ResourceKind::ALL {
+    for kind in ResourceKind::KUBERNETES {
         store.apply_change(Change::Listing(kind));
         if kind == ResourceKind::Nodes {
             store.apply_change(Change::Applied(node("a", &["10.77.0.0/24"], &["192.0.2.1"])));
@@ -424,9 +424,8 @@ fn whatever_comes_and_goes_addresses_in_use_are_in_ranges_and_nothing_is_left_in
         let mut objects: Vec<Object> = Vec::new();
         for _ in 0..40 {
             let object = random_object(&mut random);
-            let is_same = |other: &Object| {
-                other.kind() == object.kind() && full_name(other.meta()) == full_name(object.meta())
-            };
+            let is_same =
+                |other: &Object| other.kind() == object.kind() && other.full_name() == object.full_name();
             objects.retain(|other| !is_same(other));
             if random.below(3) == 0 {
                 store.apply_change(Change::Deleted(object));
