@@ -16,7 +16,7 @@ use aya::maps::{
 };
 use ipnet::IpNet;
 use tacit_abi::{
-    Address, Destination, Listener, MeshKey, Mode, Names, Pending, Pod, ProbeShare, REASONS, Tuple, limits,
+    Address, Destination, Listener, MeshKey, Mode, Names, Pending, Pod, PodCells, ProbeShare, REASONS, Tuple, limits,
     listener_index, names_kind, pod_flag, steer_flag,
 };
 
@@ -27,7 +27,6 @@ mod guard;
 mod modes;
 mod node_services;
 mod probes;
-mod slots;
 
 pub use exceptions::ExceptionCounter;
 use guard::GuardMaps;
@@ -35,7 +34,6 @@ pub use guard::{DropCount, PlaintextDestination};
 use modes::ModeMaps;
 pub use node_services::NodeServicePorts;
 use node_services::NodeTables;
-use slots::Cells;
 
 /// Present in the mesh: the value carries no more.
 const PRESENT: u32 = 1;
@@ -74,6 +72,14 @@ pub struct PodEntry {
     pub connect: ConnectReturn,
     /// The port of the agent's listener for captured connections; 0 without a listener.
     pub capture_port: u16,
+}
+
+impl PodEntry {
+    /// Returns the pod's cells in the kernel's tables of flows.
+    #[must_use]
+    pub const fn cells(&self) -> PodCells {
+        PodCells::new(self.slot, self.cgroup)
+    }
 }
 
 /// Decides on plaintext that the mode of its port takes.
@@ -156,7 +162,6 @@ pub struct Maps {
     names: SocketNames,
     captured: Captured,
     pending: Array<MapData, Pending>,
-    cells: Mutex<Cells>,
     counters: PerCpuArray<MapData, u64>,
     exceptions: PerCpuArray<MapData, u64>,
     guard: GuardMaps,
@@ -177,7 +182,6 @@ impl Maps {
             names: SocketNames::take(programs)?,
             captured: Captured::take(programs)?,
             pending: unlocked(programs, "PENDING")?,
-            cells: Mutex::new(Cells::take(programs)?),
             counters: unlocked(programs, "COUNTERS")?,
             exceptions: unlocked(programs, "EXCEPTIONS")?,
             guard: GuardMaps::take(programs)?,

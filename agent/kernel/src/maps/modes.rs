@@ -9,7 +9,7 @@ use std::{
 };
 
 use aya::maps::{HashMap, MapData};
-use tacit_abi::{Address, Mode, PortKey, Steered, limits};
+use tacit_abi::{Address, Mode, PodCells, PortKey, Steered, limits};
 
 use super::{
     super::{KernelError, programs::Programs},
@@ -100,7 +100,7 @@ impl Maps {
     /// written before the pod's default, so that no port is open meanwhile that should not be.
     pub fn set_modes(
         &self,
-        slot: u32,
+        pod: PodCells,
         addresses: &[IpAddr],
         (default, plaintext): (Mode, PlaintextHandling),
         ports: &BTreeMap<u16, Mode>,
@@ -109,11 +109,12 @@ impl Maps {
         if ports.len() > bound {
             return Err(KernelError::Share { map: "PORT_MODES", have: ports.len(), bound });
         }
+        let PodCells { slot, mark } = pod;
         let mut maps = lock(&self.modes);
         for (port, mode) in ports {
             maps.set_port(slot, *port, *mode)?;
         }
-        let entry = Steered { slot, mode: default as u32, flags: plaintext.flags(), pad: 0 };
+        let entry = Steered { slot, mode: default as u32, flags: plaintext.flags(), mark };
         for ip in addresses {
             maps.set_address(entry, address(*ip))?;
         }
