@@ -1,6 +1,11 @@
 //! Services and their endpoint slices. A change of either rebuilds the service.
 
-use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashSet},
+    net::IpAddr,
+    sync::Arc,
+    time::Duration,
+};
 
 use tacit_core::directory::{
     self, Affinity, Endpoint, EndpointCondition, Endpoints, Hint, InternalTrafficPolicy, ListedEndpoint,
@@ -30,7 +35,9 @@ const AFFINITY: Duration = Duration::from_secs(10_800);
 #[derive(Debug)]
 pub(super) struct ServiceRecord {
     spec: ServiceSpec,
-    status: ServiceStatus,
+    external_ips: Vec<IpAddr>,
+    /// In order, each once. Kept as addresses: there can be thousands, and each change of an endpoint builds the service anew.
+    ingress_ips: Vec<IpAddr>,
     namespace: Arc<str>,
     name: Arc<str>,
 }
@@ -72,8 +79,9 @@ impl DirectoryStore {
     pub(super) fn service(&mut self, service: Service) {
         let full = full_name(&service.metadata);
         let record = ServiceRecord {
+            external_ips: parsed(service.spec.external_ips.iter().take(EXTERNAL_MAX)),
+            ingress_ips: ingress(&service.status),
             spec: service.spec,
-            status: service.status,
             namespace: self.interner.intern(&service.metadata.namespace),
             name: service.metadata.name.into(),
         };
@@ -161,9 +169,12 @@ impl DirectoryStore {
         let service = build(record, &slices, self.zone.as_deref());
         let known = self.directory.service_named(&record.namespace, &record.name);
         if known.is_none_or(|known| **known != service) {
-            let addresses: Vec<IpAddr> = service.all_addresses().collect();
-            self.range_discovery.service(full, &addresses, self.directory.ranges());
-            self.forget_service_addresses(full);
+            // A load balancer can have thousands of addresses, and most changes are of endpoints.
+            if !known.is_some_and(|known| known.all_addresses().eq(service.all_addresses())) {
+                self.range_discovery.used(&service.all_addresses().collect::<Vec<_>>());
+                self.forget_service_addresses(full);
+            }
+            self.range_discovery.service(full, service.all_addresses(), self.directory.ranges());
             self.directory.insert_service(service);
             self.changed = true;
         }
@@ -186,12 +197,6 @@ fn build(record: &ServiceRecord, slices: &[&SliceRecord], zone: Option<&str>) ->
     let spec = &record.spec;
     let listed = spec.cluster_ips.iter().chain(&spec.cluster_ip);
     let addresses = parsed(listed.filter(|text| *text != HEADLESS));
-    let external_ips = parsed(spec.external_ips.iter().take(EXTERNAL_MAX));
-    let ingress = record.status.load_balancer.ingress.iter().take(INGRESS_MAX);
-    let served_by_nodes = ingress.filter(|ingress| ingress.ip_mode.as_deref() != Some(PROXY));
-    let mut ingress_ips: Vec<IpAddr> = parsed(served_by_nodes.filter_map(|ingress| ingress.ip.as_ref()));
-    ingress_ips.sort_unstable();
-    ingress_ips.dedup();
     // Clients of a headless service connect to endpoint addresses from DNS.
     let slices = if addresses.is_empty() { &[] } else { slices };
     let tcp = spec.ports.iter().filter(|port| is_tcp(port.protocol.as_deref()));
@@ -215,23 +220,27 @@ fn build(record: &ServiceRecord, slices: &[&SliceRecord], zone: Option<&str>) ->
         ports: ports.collect(),
         udp_ports: udp.map(|port| port.port).collect(),
         addresses,
-        external_ips,
-        ingress_ips,
+        external_ips: record.external_ips.clone(),
+        ingress_ips: record.ingress_ips.clone(),
         traffic: if is_local { InternalTrafficPolicy::Local } else { InternalTrafficPolicy::Cluster },
         affinity: if is_sticky { Affinity::ClientIp(time) } else { Affinity::None },
     }
 }
 
-/// Returns the addresses in a list, without those that no service has.
-fn parsed<'a>(texts: impl Iterator<Item = &'a String>) -> Vec<IpAddr> {
-    let mut addresses: Vec<IpAddr> = Vec::new();
-    let all = texts.filter_map(|text| text.parse::<IpAddr>().ok()).map(|address| address.to_canonical());
-    for address in all.filter(|address| special_address(*address).is_none()) {
-        if !addresses.contains(&address) {
-            addresses.push(address);
-        }
-    }
+/// Returns the addresses of a load balancer that nodes serve, in order.
+fn ingress(status: &ServiceStatus) -> Vec<IpAddr> {
+    let all = status.load_balancer.ingress.iter().take(INGRESS_MAX);
+    let served_by_nodes = all.filter(|ingress| ingress.ip_mode.as_deref() != Some(PROXY));
+    let mut addresses = parsed(served_by_nodes.filter_map(|ingress| ingress.ip.as_ref()));
+    addresses.sort_unstable();
     addresses
+}
+
+/// Returns the addresses in a list, each once, without those that no service has.
+fn parsed<'a>(texts: impl Iterator<Item = &'a String>) -> Vec<IpAddr> {
+    let mut seen = HashSet::new();
+    let all = texts.filter_map(|text| text.parse::<IpAddr>().ok()).map(|address| address.to_canonical());
+    all.filter(|address| special_address(*address).is_none() && seen.insert(*address)).collect()
 }
 
 /// Returns the endpoints of a slice at the named port. The port number is in the slice, because a named target port may have
