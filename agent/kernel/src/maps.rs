@@ -10,14 +10,17 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use aya::maps::{
-    Array, HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockMap,
-    lpm_trie::{Key, LpmTrie},
+use aya::{
+    Ebpf,
+    maps::{
+        Array, HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockMap,
+        lpm_trie::{Key, LpmTrie},
+    },
 };
 use ipnet::IpNet;
 use tacit_abi::{
-    Address, Destination, Listener, MeshKey, Mode, Names, Pending, Pod, PodCells, ProbeShare, REASONS, Tuple, limits,
-    listener_index, names_kind, pod_flag, steer_flag,
+    Address, Destination, Listener, MeshKey, Mode, Names, Pending, Pod, PodCells, ProbeShare, REASONS, Tuple,
+    limits, listener_index, names_kind, pod_flag, steer_flag,
 };
 
 use super::{KernelError, link, programs::Programs};
@@ -172,10 +175,10 @@ impl Maps {
     pub(super) fn take(programs: &mut Programs) -> Result<Self, KernelError> {
         Ok(Self {
             pods: typed(programs, "PODS")?,
-            modes: Mutex::new(ModeMaps::take(programs)?),
+            modes: Mutex::new(ModeMaps::take(programs.ebpf())?),
             mesh: typed(programs, "MESH")?,
             node: typed(programs, "NODE")?,
-            node_tables: Mutex::new(NodeTables::take(programs)?),
+            node_tables: Mutex::new(NodeTables::take(programs.ebpf())?),
             listeners: typed(programs, "LISTENERS")?,
             capturers: typed(programs, "CAPTURERS")?,
             discard: typed(programs, "DISCARD")?,
@@ -527,16 +530,20 @@ fn unlocked<M: TryFrom<Map, Error = MapError>>(
     programs: &mut Programs,
     name: &'static str,
 ) -> Result<M, KernelError> {
-    Ok(typed(programs, name)?.into_inner().unwrap_or_else(PoisonError::into_inner))
+    map_of(programs.ebpf(), name)
 }
 
 fn typed<M: TryFrom<Map, Error = MapError>>(
     programs: &mut Programs,
     name: &'static str,
 ) -> Result<Mutex<M>, KernelError> {
+    map_of(programs.ebpf(), name).map(Mutex::new)
+}
+
+/// Takes a map of the loaded object.
+fn map_of<M: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, KernelError> {
     let missing = || KernelError::Map { map: name, problem: "not in the object".to_owned() };
-    let map = programs.ebpf().take_map(name).ok_or_else(missing)?;
-    M::try_from(map).map(Mutex::new).map_err(failed(name))
+    M::try_from(ebpf.take_map(name).ok_or_else(missing)?).map_err(failed(name))
 }
 
 /// Makes the keys of `map` exactly `wanted`.

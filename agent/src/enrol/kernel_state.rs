@@ -36,6 +36,7 @@ impl Enroller {
         // refused by the kernel.
         let maps = &self.kernel.maps;
         let slot = state.free_slot(|slot| maps.pending(slot).is_some_and(|pending| pending.is_clear()));
+        maps.remove_modes(slot);
         let policies = self.snapshots.policies.current();
         let policy = PodPolicy::configured(&policies, workload);
         let entry = |policy: &PodPolicy| entry(workload, cgroup, slot, (0, 0), policy);

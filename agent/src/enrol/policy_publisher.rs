@@ -276,11 +276,7 @@ pub(super) fn plaintext_handling(policy: &PodPolicy) -> PlaintextHandling {
     }
 }
 
-pub(super) fn set_modes(
-    maps: &Maps,
-    entry: &PodEntry,
-    policy: &PodPolicy,
-) -> Result<(), KernelError> {
+pub(super) fn set_modes(maps: &Maps, entry: &PodEntry, policy: &PodPolicy) -> Result<(), KernelError> {
     let default = (policy.modes.default, plaintext_handling(policy));
     let ports: BTreeMap<u16, Mode> = policy.modes.exceptions().collect();
     maps.set_modes(entry.cells(), &entry.addresses, default, &ports)

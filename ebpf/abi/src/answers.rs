@@ -103,7 +103,9 @@ mod tests {
         assert_eq!(tags.len(), 10_000);
         // Another flow of the next pod does not stand for it either.
         let remote = |word: u32| Packet { remote: Address([0x20, word, 0, 1]), ..flow };
-        let tag = |cgroup: u64, word: u32| answer_cells(1, PodCells::new(3, cgroup), &remote(word)).map(|(_, tag)| tag);
+        let tag = |cgroup: u64, word: u32| {
+            answer_cells(1, PodCells::new(3, cgroup), &remote(word)).map(|(_, tag)| tag)
+        };
         assert_ne!(tag(70, 5), tag(70 ^ 3, 5 ^ 3));
     }
 
@@ -128,8 +130,10 @@ mod tests {
 
     #[test]
     fn tags_are_independent_of_cells() {
-        let tags: std::collections::HashSet<u64> =
-            (0..20_000).filter_map(|port| answer_cells(5, PodCells::new(0, 7), &packet(9, port))).map(|(_, tag)| tag).collect();
+        let tags: std::collections::HashSet<u64> = (0..20_000)
+            .filter_map(|port| answer_cells(5, PodCells::new(0, 7), &packet(9, port)))
+            .map(|(_, tag)| tag)
+            .collect();
         assert_eq!(tags.len(), 20_000);
     }
 

@@ -193,8 +193,10 @@ mod tests {
 
     #[test]
     fn a_pods_flows_are_in_its_own_cells_and_use_all_of_them() {
-        let sets: HashSet<u32> =
-            (0..20_000).filter_map(|port| flow(port).key(5, PodCells::new(1, 70))).map(|key| key.index).collect();
+        let sets: HashSet<u32> = (0..20_000)
+            .filter_map(|port| flow(port).key(5, PodCells::new(1, 70)))
+            .map(|key| key.index)
+            .collect();
         let own = limits::NODE_FLOWS_PER_POD..2 * limits::NODE_FLOWS_PER_POD - NODE_FLOW_WAYS + 1;
         assert!(sets.iter().all(|index| own.contains(index)));
         assert_eq!(sets.len() as u32, limits::NODE_FLOWS_PER_POD / NODE_FLOW_WAYS);

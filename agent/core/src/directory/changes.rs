@@ -45,9 +45,8 @@ impl Directory {
     /// Counts a change of the conflicts in which `workload` takes part.
     fn note_conflicts(&mut self, workload: Option<&Arc<Workload>>) {
         let mut addresses = workload.into_iter().flat_map(|workload| &workload.addresses);
-        let is_contested = |address: &IpAddr| {
-            self.addresses.is_unclear(*address) || self.services.outer(*address).is_some()
-        };
+        let is_contested =
+            |address: &IpAddr| self.addresses.is_unclear(*address) || self.services.outer(*address).is_some();
         self.conflict_changes += u64::from(addresses.any(is_contested));
     }
 

@@ -159,7 +159,8 @@ impl ServiceAddresses {
         let Self { by_name, outer, .. } = self;
         let mut touched = differing(before, now);
         if !has_same_ports {
-            let is_shared = |address: &&IpAddr| outer.get(*address).is_some_and(|outer| outer.services.len() > 1);
+            let is_shared =
+                |address: &&IpAddr| outer.get(*address).is_some_and(|outer| outer.services.len() > 1);
             touched.extend(before.into_iter().flat_map(Service::outer_addresses).filter(is_shared));
         }
         // Once each: an address can be in both lists, and its port shared.
@@ -262,7 +263,8 @@ fn differing(before: Option<&Service>, now: Option<&Service>) -> Vec<IpAddr> {
 mod tests {
     use super::*;
     use crate::directory::{
-        Affinity, Endpoint, EndpointCondition, Endpoints, Hint, InternalTrafficPolicy, ListedEndpoint, ServicePort,
+        Affinity, Endpoint, EndpointCondition, Endpoints, Hint, InternalTrafficPolicy, ListedEndpoint,
+        ServicePort,
     };
 
     const ADDRESS: [u8; 4] = [192, 0, 2, 1];

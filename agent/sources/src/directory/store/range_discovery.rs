@@ -213,7 +213,12 @@ impl RangeDiscovery {
     }
 
     /// Records a new or changed service.
-    pub(super) fn service(&mut self, name: &str, mut addresses: impl Iterator<Item = IpAddr>, ranges: &Ranges) {
+    pub(super) fn service(
+        &mut self,
+        name: &str,
+        mut addresses: impl Iterator<Item = IpAddr>,
+        ranges: &Ranges,
+    ) {
         if addresses.all(|address| ranges.contains(address)) {
             return self.remove_service(name);
         }
