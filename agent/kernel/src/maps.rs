@@ -6,29 +6,30 @@ use std::{
     collections::HashSet,
     hash::Hash,
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    os::fd::{AsFd as _, AsRawFd, OwnedFd},
+    os::fd::AsRawFd,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use aya::{
     Ebpf,
     maps::{
-        Array, HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockMap,
+        Array, HashMap, Map, MapData, MapError, PerCpuArray, SockMap,
         lpm_trie::{Key, LpmTrie},
     },
 };
 use ipnet::IpNet;
 use tacit_abi::{
-    Address, Destination, Listener, MeshKey, Mode, Names, Pending, Pod, PodCells, ProbeShare, REASONS, Tuple,
-    limits, listener_index, names_kind, pod_flag, steer_flag,
+    Address, Listener, MeshKey, Mode, Names, Pending, Pod, PodCells, ProbeShare, REASONS, Tuple, limits,
+    listener_index, names_kind, pod_flag, steer_flag,
 };
 
-use super::{KernelError, link, programs::Programs};
+use super::{KernelError, programs::Programs};
 
 mod exceptions;
 mod guard;
 mod modes;
 mod node_services;
+mod per_connection;
 mod probes;
 
 pub use exceptions::ExceptionCounter;
@@ -37,6 +38,7 @@ pub use guard::{DropCount, PlaintextDestination};
 use modes::ModeMaps;
 pub use node_services::NodeServicePorts;
 use node_services::NodeTables;
+use per_connection::{Captured, SocketNames};
 
 /// Present in the mesh: the value carries no more.
 const PRESENT: u32 = 1;
@@ -474,54 +476,6 @@ impl Maps {
                 KernelCounter { name: text.name, help: text.help, value }
             })
             .collect()
-    }
-}
-
-/// The storage of names in sockets. Each captured connection is read once, which takes no lock.
-struct SocketNames {
-    reader: OwnedFd,
-    map: Mutex<SkStorage<MapData, Names>>,
-}
-
-impl SocketNames {
-    fn take(programs: &mut Programs) -> Result<Self, KernelError> {
-        const NAME: &str = "NAMES";
-        let map = programs.ebpf().map(NAME);
-        let data = match map {
-            Some(Map::SkStorage(data)) => data,
-            _ => return Err(KernelError::Map { map: NAME, problem: "no socket storage".to_owned() }),
-        };
-        let reader = data.fd().as_fd().try_clone_to_owned();
-        let reader = reader.map_err(|e| KernelError::Map { map: NAME, problem: e.to_string() })?;
-        Ok(Self { reader, map: typed(programs, NAME)? })
-    }
-
-    fn get(&self, socket: &impl AsRawFd) -> Option<Names> {
-        link::read(self.reader.as_fd(), &socket.as_raw_fd())
-    }
-
-    fn set(&self, socket: &impl AsRawFd, names: Names) -> Result<(), KernelError> {
-        lock(&self.map).insert(socket, names, 0).map_err(failed("NAMES"))
-    }
-}
-
-/// The map of captured connections. A look-up takes no lock.
-struct Captured(OwnedFd);
-
-impl Captured {
-    fn take(programs: &mut Programs) -> Result<Self, KernelError> {
-        const NAME: &str = "CAPTURED";
-        let problem = |problem: String| KernelError::Map { map: NAME, problem };
-        let map = programs.ebpf().map(NAME);
-        let map = map.ok_or_else(|| problem("not in the object".to_owned()))?;
-        HashMap::<_, Tuple, Destination>::try_from(map).map_err(failed(NAME))?;
-        let Map::HashMap(data) = map else { return Err(problem("no hash map".to_owned())) };
-        let reader = data.fd().as_fd().try_clone_to_owned();
-        Ok(Self(reader.map_err(|error| problem(error.to_string()))?))
-    }
-
-    fn has(&self, key: &Tuple) -> bool {
-        link::read::<Tuple, Destination>(self.0.as_fd(), key).is_some()
     }
 }
 
