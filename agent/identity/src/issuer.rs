@@ -20,7 +20,7 @@ use tacit_core::spiffe::{SpiffeId, TrustDomain};
 
 use super::{
     credentials::{Credentials, CredentialsError},
-    istio::{IstioError, IstioIssuer},
+    istio::{CallError, IstioError, IstioIssuer, api::Code},
     root::{EmbeddedRoot, EmbeddedRootError},
     template::leaf_params,
 };
@@ -58,6 +58,23 @@ pub enum IssueError {
     #[cfg(test)]
     #[error("the test wants a failure")]
     Injected,
+}
+
+impl IssueError {
+    /// Returns true if the issuer answered that this agent cannot have the identity. A later attempt can succeed all the same.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::TrustDomain { .. } => true,
+            Self::Istio(error) => match &**error {
+                IstioError::Call(CallError::Refused { code, .. }) => {
+                    matches!(code, Code::PermissionDenied | Code::InvalidArgument)
+                }
+                _ => false,
+            },
+            _ => false,
+        }
+    }
 }
 
 /// An issuer of certificates.
