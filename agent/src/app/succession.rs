@@ -104,7 +104,11 @@ async fn certified(
         }
         if identities.has_any() && missing.values().all(is_refused) {
             let pod = missing.keys().next().map_or("", String::as_str);
-            tracing::warn!(pods = missing.len(), pod, "the issuer refuses the identities of pods; not waiting for their certificates");
+            tracing::warn!(
+                pods = missing.len(),
+                pod,
+                "the issuer refuses the identities of pods; not waiting for their certificates"
+            );
             return;
         }
         // Both senders outlive this wait, so neither channel closes.
@@ -240,7 +244,8 @@ mod tests {
     #[tokio::test]
     async fn a_pod_whose_identity_is_refused_holds_up_no_successor_while_others_get_theirs() {
         let folder = Scratch::new();
-        let [ours, other] = ["cluster.local", "other.local"].map(|name| TrustDomain::parse(name).expect("valid"));
+        let [ours, other] =
+            ["cluster.local", "other.local"].map(|name| TrustDomain::parse(name).expect("valid"));
         let issuer = EmbeddedIssuer::open(folder.path(), &ours, LEAF_LIFETIME).expect("a root");
         let identities = Identities::start(Issuer::Embedded(issuer));
         let file = folder.path().join("directory.yaml");
