@@ -26,17 +26,34 @@ pub struct Mesh {
     nodes: Mutex<Nodes>,
     /// Destinations that take plaintext of STRICT pods.
     clear: Clear,
-    /// One change at a time, and none after [`Mesh::end`].
-    changing: Mutex<Following>,
+    tenure: Tenure,
 }
 
-/// The source of the kernel's maps, as long as they are this agent's to change.
+/// The time in which the kernel's maps are this agent's to change: one change at a time, and none after its end.
+#[derive(Debug, Default)]
+struct Tenure(Mutex<Following>);
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum Following {
     #[default]
     Directory,
     /// Another agent may take over.
     Nothing,
+}
+
+impl Tenure {
+    /// Makes a change, unless the tenure has ended. A change that panics leaves the maps to the next one.
+    fn change(&self, make: impl FnOnce()) {
+        let following = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if *following == Following::Directory {
+            make();
+        }
+    }
+
+    /// Ends the tenure after the change that is under way.
+    fn end(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Following::Nothing;
+    }
 }
 
 /// Destinations that take plaintext of STRICT pods: those of `allowClear`, and the endpoints of those that are services. Another
@@ -119,7 +136,7 @@ impl Mesh {
         tracing::info!(configured, detected, ranges = shown.join(" "), "ranges of the mesh");
         let nodes = Mutex::default();
         let clear = Clear { configured: allow_clear.to_vec(), written: Mutex::default() };
-        let mesh = Self { kernel, ranges: ArcSwap::new(ranges), nodes, clear, changing: Mutex::default() };
+        let mesh = Self { kernel, ranges: ArcSwap::new(ranges), nodes, clear, tenure: Tenure::default() };
         mesh.clear.follow(&mesh.kernel, directory)?;
         mesh.follow_nodes(directory);
         Ok(mesh)
@@ -177,10 +194,10 @@ impl Mesh {
     /// Puts what the directory has found since in force. When the kernel refuses, all stays as it is, and is tried again
     /// when this is called again.
     pub fn follow(&self, directory: &Directory) {
-        let following = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        if *following == Following::Nothing {
-            return;
-        }
+        self.tenure.change(|| self.change(directory));
+    }
+
+    fn change(&self, directory: &Directory) {
         self.follow_nodes(directory);
         if let Err(error) = self.clear.follow(&self.kernel, directory) {
             tracing::error!(%error, "endpoints of allowClear are not all in force");
@@ -208,7 +225,7 @@ impl Mesh {
     /// Waits for a change that is under way, and makes no further one: the maps are the next agent's. A change runs on a thread that
     /// does not end with its task.
     pub fn end(&self) {
-        *self.changing.lock().unwrap_or_else(PoisonError::into_inner) = Following::Nothing;
+        self.tenure.end();
     }
 
     /// Follows the directory for as long as that changes. The kernel's map is written on a thread for blocking work.
@@ -243,4 +260,62 @@ fn ports_of(services: &NodeServices) -> NodeServicePorts {
 fn missing(there: &Ranges, wanted: &Ranges) -> Vec<IpNet> {
     let there: std::collections::HashSet<&IpNet> = there.iter().collect();
     wanted.iter().filter(|range| !there.contains(range)).copied().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::Cell, sync::mpsc, thread};
+
+    use super::*;
+
+    /// An agent that hands over used to be able to write maps that were the next agent's by then.
+    #[test]
+    fn a_change_under_way_ends_before_the_tenure_and_none_begins_after_it() {
+        let tenure = Tenure::default();
+        let count = Cell::new(0);
+        tenure.change(|| {
+            count.set(count.get() + 1);
+            assert!(tenure.0.try_lock().is_err(), "the end has to wait for this change");
+        });
+        tenure.end();
+        tenure.change(|| count.set(count.get() + 1));
+        assert_eq!(count.get(), 1);
+    }
+
+    #[test]
+    fn an_end_waits_for_the_change_of_another_thread() {
+        let tenure = Tenure::default();
+        let (begun, begins) = mpsc::channel();
+        let (finish, finished) = mpsc::channel::<()>();
+        let written = Mutex::new(0);
+        thread::scope(|scope| {
+            let tenure = &tenure;
+            let written = &written;
+            scope.spawn(move || {
+                tenure.change(|| {
+                    begun.send(()).expect("the test waits");
+                    finished.recv().expect("the test goes on");
+                    *written.lock().expect("nobody panics") = 1;
+                });
+            });
+            begins.recv().expect("a change begins");
+            let ending = scope.spawn(move || {
+                tenure.end();
+                *written.lock().expect("nobody panics")
+            });
+            finish.send(()).expect("the change waits");
+            assert_eq!(ending.join().expect("it ends"), 1, "the change was complete at the end");
+        });
+    }
+
+    #[test]
+    fn a_change_that_panics_leaves_the_next_one_and_the_end_possible() {
+        let tenure = Tenure::default();
+        let panicked = thread::scope(|scope| scope.spawn(|| tenure.change(|| panic!("on purpose"))).join());
+        assert!(panicked.is_err());
+        let mut is_made = false;
+        tenure.change(|| is_made = true);
+        tenure.end();
+        assert!(is_made);
+    }
 }

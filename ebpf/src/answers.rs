@@ -1,14 +1,14 @@
 //! The table of datagrams whose answers are expected, see `tacit_abi::answer_cells`. Both functions are compiled apart from
 //! their callers, whose stack is short.
 
-use tacit_abi::{ANSWER_WAYS, Packet, Pod, answer_cells, is_expected, remember};
+use tacit_abi::{ANSWER_WAYS, Packet, PodCells, answer_cells, is_expected, remember};
 
 use crate::{context, lookup, maps::ANSWERS};
 
 /// Returns true if the pod sent a datagram of the packet's flow a short time ago.
 #[inline(never)]
-pub fn is_answer(pod: &Pod, packet: &Packet) -> bool {
-    let Some((first, tag)) = answer_cells(lookup::seed(), pod.slot, packet) else { return false };
+pub fn is_answer(pod: PodCells, packet: &Packet) -> bool {
+    let Some((first, tag)) = answer_cells(lookup::seed(), pod, packet) else { return false };
     let now = context::now();
     for way in 0..ANSWER_WAYS {
         if ANSWERS.get(first + way).is_some_and(|cell| is_expected(*cell, tag, now)) {
@@ -20,8 +20,8 @@ pub fn is_answer(pod: &Pod, packet: &Packet) -> bool {
 
 /// Remembers that the pod sent a datagram. The flow's own cell is used, else a free or the oldest one.
 #[inline(never)]
-pub fn expect_answer(pod: &Pod, packet: &Packet) {
-    let Some((first, tag)) = answer_cells(lookup::seed(), pod.slot, packet) else { return };
+pub fn expect_answer(pod: PodCells, packet: &Packet) {
+    let Some((first, tag)) = answer_cells(lookup::seed(), pod, packet) else { return };
     let fresh = remember(tag, context::now());
     let mut oldest = (first, u64::MAX);
     for way in 0..ANSWER_WAYS {

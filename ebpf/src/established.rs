@@ -141,7 +141,7 @@ fn mark_accepted(sock: &SockOps<'_>, key: &Tuple) {
     let client = Names { peer: key.local, peer_port: key.local_port, ..Names::default() };
     let kind = if key.remote_port == u32::from(tcp_port::TUNNEL) {
         names_kind::TUNNEL
-    } else if node_flows::is_node_flow(steered.slot, &NodeFlow::new(node, pod, protocol::TCP)) {
+    } else if node_flows::is_node_flow(steered.cells(), &NodeFlow::new(node, pod, protocol::TCP)) {
         names_kind::NODE
     } else {
         names_kind::CLEAR

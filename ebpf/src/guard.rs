@@ -6,7 +6,7 @@
 use aya_ebpf::programs::SkBuffContext;
 use tacit_abi::{
     Accepted, Address, Arrival, ArrivalFacts, Exception, ExceptionHook, GuardFacts, Hook, LOST_CLIENT_MARK,
-    Link, Listener, Marked, Packet, Pod, Reason, Segment, Verdict, decide_arrival, decide_egress,
+    Link, Listener, Marked, Packet, Pod, PodCells, Reason, Segment, Verdict, decide_arrival, decide_egress,
     decide_ingress, listener_index, may_claim, may_send_from, names_kind, pod_flag, protocol,
 };
 
@@ -33,8 +33,7 @@ struct Facts<'a> {
     /// Offset of the first byte after the IP headers, from the network header.
     payload: u32,
     is_to_neighbour: bool,
-    /// The pod's slot.
-    slot: u32,
+    cells: PodCells,
 }
 
 impl GuardFacts for Facts<'_> {
@@ -68,7 +67,7 @@ impl GuardFacts for Facts<'_> {
 
     #[inline(always)]
     fn is_node_flow(&self, packet: &Packet) -> bool {
-        node_flows::is_node_flow(self.slot, &packet.node_flow())
+        node_flows::is_node_flow(self.cells, &packet.node_flow())
     }
 
     #[inline(always)]
@@ -111,8 +110,8 @@ impl GuardFacts for Facts<'_> {
     }
 
     #[inline(always)]
-    fn is_answer(&self, pod: &Pod, packet: &Packet) -> bool {
-        answers::is_answer(pod, packet)
+    fn is_answer(&self, packet: &Packet) -> bool {
+        answers::is_answer(self.cells, packet)
     }
 
     #[inline(always)]
@@ -215,7 +214,7 @@ fn passes_socket(ctx: &SkBuffContext, direction: Direction, dropped: &mut Droppe
         link: &NO_LINK,
         payload: header.payload(),
         is_to_neighbour: false,
-        slot: pod.slot,
+        cells: PodCells::new(pod.slot, cgroup),
     };
     let (verdict, hook) = match direction {
         Direction::Egress => (decide_egress(&facts, &pod, Hook::Socket, &packet), ExceptionHook::Egress),
@@ -318,7 +317,8 @@ fn passes_link(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
     let Some(packet) = packet::parse(&skb, &header, Direction::Egress, ETHERNET_HEADER) else {
         return drop_if_strict(dropped, link.cgroup, &pod, Reason::GuardUnreadable);
     };
-    let facts = Facts { skb: &skb, link, payload: header.payload(), is_to_neighbour, slot: pod.slot };
+    let cells = PodCells::new(pod.slot, link.cgroup);
+    let facts = Facts { skb: &skb, link, payload: header.payload(), is_to_neighbour, cells };
     let verdict = decide_egress(&facts, &pod, Hook::Link, &packet);
     apply(dropped, link.cgroup, &pod, &packet, (verdict, ExceptionHook::Link))
 }
@@ -385,9 +385,10 @@ fn passes_arrival(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
             packet.segment = Segment::Data;
         }
         (port, number) = (packet.remote_port, packet.protocol);
-        arrival = decide_arrival(&Arriving(&skb, pod.slot), &pod, &packet);
+        let cells = PodCells::new(pod.slot, link.cgroup);
+        arrival = decide_arrival(&Arriving(&skb, cells), &pod, &packet);
         if arrival == Arrival::OfNode {
-            node_flows::prove(pod.slot, &packet.node_flow());
+            node_flows::prove(cells, &packet.node_flow());
         }
     }
     match arrival {
@@ -396,8 +397,8 @@ fn passes_arrival(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
     }
 }
 
-/// A frame towards the pod with this slot.
-struct Arriving<'a>(&'a Skb<'a>, u32);
+/// A frame towards the pod with these cells.
+struct Arriving<'a>(&'a Skb<'a>, PodCells);
 
 impl ArrivalFacts for Arriving<'_> {
     #[inline(always)]
@@ -439,7 +440,7 @@ fn apply(
         Verdict::Except(exception) => count_exception(exception, hook),
         Verdict::Ask(exception) => {
             count_exception(exception, hook);
-            answers::expect_answer(pod, packet);
+            answers::expect_answer(PodCells::new(pod.slot, cgroup), packet);
         }
         Verdict::Drop(reason) => {
             let reason = if pod.has(pod_flag::UNKNOWN) { Reason::GuardHeld } else { reason };

@@ -1,14 +1,14 @@
 //! The table of flows that the node itself has with pods, see `tacit_abi::NodeFlow`. Both functions are compiled apart from
 //! their callers, whose stack is short.
 
-use tacit_abi::{NODE_FLOW_WAYS, NodeFlow};
+use tacit_abi::{NODE_FLOW_WAYS, NodeFlow, PodCells};
 
 use crate::{context::now, lookup, maps::NODE_FLOWS};
 
 /// Returns true if the node itself sent a packet of this flow to the pod a short time ago.
 #[inline(never)]
-pub fn is_node_flow(slot: u32, flow: &NodeFlow) -> bool {
-    let Some(key) = flow.key(lookup::seed(), slot) else { return false };
+pub fn is_node_flow(pod: PodCells, flow: &NodeFlow) -> bool {
+    let Some(key) = flow.key(lookup::seed(), pod) else { return false };
     let now = now();
     for way in 0..NODE_FLOW_WAYS {
         if NODE_FLOWS.get(key.index + way).is_some_and(|cell| key.is_proven(cell, now)) {
@@ -21,8 +21,8 @@ pub fn is_node_flow(slot: u32, flow: &NodeFlow) -> bool {
 /// Remembers that the node itself sent a packet of this flow to the pod. The flow's own cell is used, else a free or the
 /// oldest one of the pod.
 #[inline(never)]
-pub fn prove(slot: u32, flow: &NodeFlow) {
-    let Some(key) = flow.key(lookup::seed(), slot) else { return };
+pub fn prove(pod: PodCells, flow: &NodeFlow) {
+    let Some(key) = flow.key(lookup::seed(), pod) else { return };
     let now = now();
     let proven = key.proven(now);
     let mut oldest = (key.index, 0);

@@ -2,7 +2,7 @@
 
 use aya_ebpf::programs::SkLookupContext;
 use tacit_abi::{
-    Address, Inbound, InboundFacts, Reason, Steer, Steered, Tuple, decide_inbound, listener_index,
+    Address, Inbound, InboundFacts, PodCells, Reason, Steer, Steered, Tuple, decide_inbound, listener_index,
 };
 
 use crate::{
@@ -36,8 +36,8 @@ impl InboundFacts for Facts {
     }
 
     #[inline(always)]
-    fn is_node_flow(&self, slot: u32, flow: &Inbound) -> bool {
-        node_flows::is_node_flow(slot, &flow.node_flow())
+    fn is_node_flow(&self, pod: PodCells, flow: &Inbound) -> bool {
+        node_flows::is_node_flow(pod, &flow.node_flow())
     }
 
     #[inline(always)]

@@ -175,7 +175,6 @@ pub struct Directory {
     node_changes: u64,
     by_node: CowMap<Arc<str>, Arc<NodeWorkloads>>,
     services: ServiceAddresses,
-    services_by_name: CowMap<Arc<str>, Arc<Service>>,
     host_network: CowMap<Arc<str>, Arc<Workload>>,
     departed: Arc<Vec<Arc<Workload>>>,
     ranges: Arc<Ranges>,
@@ -282,7 +281,7 @@ impl Directory {
     #[must_use]
     pub fn is_unclear_at(&self, at: SocketAddr) -> bool {
         let at = SocketAddr::new(at.ip().to_canonical(), at.port());
-        let is_outer = !self.outer_services(at.ip()).is_empty() || self.is_shared_with_node(at.ip());
+        let is_outer = self.outer_service(at.ip()).is_some() || self.is_shared_with_node(at.ip());
         self.is_unclear(at.ip()) || is_outer && self.services.is_contested(at)
     }
 
@@ -298,6 +297,7 @@ impl Directory {
         let unclear = self.addresses.unclear();
         let unclear = unclear.map(|(address, claimants)| Conflict::Address { address, claimants });
         let services = self.services.all_outer().filter_map(|(address, services)| {
+            let services: Vec<_> = services.collect();
             let workload = self.addresses.holder(address).cloned();
             let shared = || {
                 let ports = services.iter().flat_map(|service| &service.ports).map(|port| port.port);
@@ -306,7 +306,7 @@ impl Directory {
             let is_of_node = self.addresses.is_node(address);
             (workload.is_some() || is_of_node || shared()).then(|| Conflict::ServiceAddress {
                 address,
-                services: services.to_vec(),
+                services: services.into_iter().cloned().collect(),
                 workload,
             })
         });
@@ -344,7 +344,7 @@ impl Directory {
     #[must_use]
     pub fn service_at(&self, address: IpAddr) -> Option<&Arc<Service>> {
         let address = address.to_canonical();
-        self.services.cluster(address).or_else(|| self.outer_services(address).first())
+        self.services.cluster(address).or_else(|| self.outer_service(address))
     }
 
     /// The service that serves an address and port. `None` for an external or load balancer address without such a port, and for
@@ -352,7 +352,7 @@ impl Directory {
     #[must_use]
     pub fn service_for(&self, at: SocketAddr) -> Option<&Arc<Service>> {
         let at = SocketAddr::new(at.ip().to_canonical(), at.port());
-        let is_outer = || !self.outer_services(at.ip()).is_empty() || self.is_shared_with_node(at.ip());
+        let is_outer = || self.outer_service(at.ip()).is_some() || self.is_shared_with_node(at.ip());
         let outer = || self.services.outer_at(at).filter(|_| is_outer());
         let node_port = || self.services.node_port(at.port()).filter(|_| self.is_node_port(at));
         self.services.cluster(at.ip()).or_else(outer).or_else(node_port)
@@ -371,7 +371,7 @@ impl Directory {
     pub fn node_services(&self) -> impl Iterator<Item = NodeService<'_>> + use<'_> {
         let shared = self.services.all_outer().filter(|(address, _)| self.is_shared_with_node(*address));
         shared.flat_map(|(address, services)| {
-            let services = services.iter().filter(move |service| service.has_ingress(&address));
+            let services = services.filter(move |service| service.has_ingress(&address));
             services.flat_map(move |service| {
                 let of =
                     move |port, protocol| (&*service.namespace, SocketAddr::new(address, port), protocol);
@@ -398,12 +398,13 @@ impl Directory {
         self.node_changes
     }
 
-    /// The services with an external or load balancer address that no pod and no node has.
-    fn outer_services(&self, address: IpAddr) -> &[Arc<Service>] {
-        let is_taken = self.addresses.holder(address).is_some()
-            || self.addresses.is_unclear(address)
-            || self.addresses.is_node(address);
-        if is_taken { &[] } else { self.services.outer(address) }
+    /// The first service with an external or load balancer address that no pod and no node has.
+    fn outer_service(&self, address: IpAddr) -> Option<&Arc<Service>> {
+        // Most addresses of load balancers are those of nodes.
+        let is_taken = self.addresses.is_node(address)
+            || self.addresses.holder(address).is_some()
+            || self.addresses.is_unclear(address);
+        if is_taken { None } else { self.services.outer(address) }
     }
 
     /// Returns true if a node lists `address` as its own.
@@ -427,7 +428,7 @@ impl Directory {
     /// The service of that name.
     #[must_use]
     pub fn service_named(&self, namespace: &str, name: &str) -> Option<&Arc<Service>> {
-        self.services_by_name.get(full_name(namespace, name).as_str())
+        self.services.named(&full_name(namespace, name))
     }
 
     /// The workloads of `node` that have their cgroup to themselves, in no order.
@@ -482,7 +483,7 @@ impl Directory {
 
     /// All services, in no order.
     pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
-        self.services_by_name.values()
+        self.services.all()
     }
 
     /// Pods of the source's own node that have the node's addresses: they are left alone.
@@ -527,7 +528,7 @@ impl Directory {
     /// Returns true if traffic to this address of a service is the service's.
     #[must_use]
     pub fn is_service_address(&self, service: &Service, address: IpAddr) -> bool {
-        service.addresses.contains(&address) || !self.outer_services(address).is_empty()
+        service.addresses.contains(&address) || self.outer_service(address).is_some()
     }
 
     /// Returns true if a workload of a mesh has `address`, this one or another.

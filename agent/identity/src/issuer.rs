@@ -17,10 +17,11 @@ use rustls::{
     pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
 };
 use tacit_core::spiffe::{SpiffeId, TrustDomain};
+use tacit_grpc::Code;
 
 use super::{
     credentials::{Credentials, CredentialsError},
-    istio::{IstioError, IstioIssuer},
+    istio::{CallError, IstioError, IstioIssuer},
     root::{EmbeddedRoot, EmbeddedRootError},
     spire::{SpireError, SpireIssuer},
     template::leaf_params,
@@ -67,6 +68,23 @@ pub enum IssueError {
     #[cfg(test)]
     #[error("the test wants a failure")]
     Injected,
+}
+
+impl IssueError {
+    /// Returns true if the issuer answered that this agent cannot have the identity. A later attempt can succeed all the same.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::TrustDomain { .. } => true,
+            Self::Istio(error) => match &**error {
+                IstioError::Call(CallError::Refused { code, .. }) => {
+                    matches!(code, Code::PermissionDenied | Code::InvalidArgument)
+                }
+                _ => false,
+            },
+            _ => false,
+        }
+    }
 }
 
 /// An issuer of certificates.

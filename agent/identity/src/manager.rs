@@ -34,6 +34,9 @@ const ISSUE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest sleep before the clock is read again, because it may be set meanwhile.
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 
+/// Refusals after which an identity counts as refused. An authority can be some seconds behind a pod that has just been made.
+const REFUSALS: u32 = 3;
+
 /// The credentials of the node's identities. Cheap to clone; the tasks end with the last clone.
 #[derive(Clone)]
 pub struct Identities {
@@ -109,6 +112,20 @@ impl Identities {
         }
         let failure = slot.shared.progress().last_error.clone();
         Err(failure.unwrap_or(IssueError::Awaited))
+    }
+
+    /// Returns true if the issuer has refused `identity` several times since it last issued a certificate for it. Attempts go on.
+    #[must_use]
+    pub fn is_refused(&self, identity: &SpiffeId) -> bool {
+        let map = self.slots.map.load();
+        map.get(identity).is_some_and(|slot| slot.shared.progress().refusals >= REFUSALS)
+    }
+
+    /// Returns true if any identity has credentials: the issuer answers this agent.
+    #[must_use]
+    pub fn has_any(&self) -> bool {
+        let now = SystemTime::now();
+        self.slots.map.load().values().any(|slot| slot.shared.usable(now).is_some())
     }
 
     /// Notice of every attempt that ended, of any identity.
@@ -214,6 +231,8 @@ struct Shared {
 struct Progress {
     obtained: Option<SystemTime>,
     failures: u32,
+    /// Those of them that were refusals.
+    refusals: u32,
     failed_at: Option<SystemTime>,
     /// The latest attempt's failure; `None` before the first attempt and after a success.
     last_error: Option<IssueError>,
@@ -249,6 +268,7 @@ impl Shared {
     fn failed(&self, error: IssueError) {
         let mut progress = self.progress();
         progress.failures = progress.failures.saturating_add(1);
+        progress.refusals = progress.refusals.saturating_add(u32::from(error.is_refusal()));
         progress.failed_at = Some(SystemTime::now());
         progress.last_error = Some(error);
     }

@@ -6,28 +6,31 @@ use std::{
     collections::HashSet,
     hash::Hash,
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    os::fd::{AsFd as _, AsRawFd, OwnedFd},
+    os::fd::AsRawFd,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use aya::maps::{
-    Array, HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockMap,
-    lpm_trie::{Key, LpmTrie},
+use aya::{
+    Ebpf,
+    maps::{
+        Array, HashMap, Map, MapData, MapError, PerCpuArray, SockMap,
+        lpm_trie::{Key, LpmTrie},
+    },
 };
 use ipnet::IpNet;
 use tacit_abi::{
-    Address, Destination, Listener, MeshKey, Mode, Names, Pending, Pod, ProbeShare, REASONS, Tuple, limits,
+    Address, Listener, MeshKey, Mode, Names, Pending, Pod, PodCells, ProbeShare, REASONS, Tuple, limits,
     listener_index, names_kind, pod_flag, steer_flag,
 };
 
-use super::{KernelError, link, programs::Programs};
+use super::{KernelError, programs::Programs};
 
 mod exceptions;
 mod guard;
 mod modes;
 mod node_services;
+mod per_connection;
 mod probes;
-mod slots;
 
 pub use exceptions::ExceptionCounter;
 use guard::GuardMaps;
@@ -35,7 +38,7 @@ pub use guard::{DropCount, PlaintextDestination};
 use modes::ModeMaps;
 pub use node_services::NodeServicePorts;
 use node_services::NodeTables;
-use slots::Cells;
+use per_connection::{Captured, SocketNames};
 
 /// Present in the mesh: the value carries no more.
 const PRESENT: u32 = 1;
@@ -74,6 +77,14 @@ pub struct PodEntry {
     pub connect: ConnectReturn,
     /// The port of the agent's listener for captured connections; 0 without a listener.
     pub capture_port: u16,
+}
+
+impl PodEntry {
+    /// Returns the pod's cells in the kernel's tables of flows.
+    #[must_use]
+    pub const fn cells(&self) -> PodCells {
+        PodCells::new(self.slot, self.cgroup)
+    }
 }
 
 /// Decides on plaintext that the mode of its port takes.
@@ -156,7 +167,6 @@ pub struct Maps {
     names: SocketNames,
     captured: Captured,
     pending: Array<MapData, Pending>,
-    cells: Mutex<Cells>,
     counters: PerCpuArray<MapData, u64>,
     exceptions: PerCpuArray<MapData, u64>,
     guard: GuardMaps,
@@ -167,17 +177,16 @@ impl Maps {
     pub(super) fn take(programs: &mut Programs) -> Result<Self, KernelError> {
         Ok(Self {
             pods: typed(programs, "PODS")?,
-            modes: Mutex::new(ModeMaps::take(programs)?),
+            modes: Mutex::new(ModeMaps::take(programs.ebpf())?),
             mesh: typed(programs, "MESH")?,
             node: typed(programs, "NODE")?,
-            node_tables: Mutex::new(NodeTables::take(programs)?),
+            node_tables: Mutex::new(NodeTables::take(programs.ebpf())?),
             listeners: typed(programs, "LISTENERS")?,
             capturers: typed(programs, "CAPTURERS")?,
             discard: typed(programs, "DISCARD")?,
             names: SocketNames::take(programs)?,
             captured: Captured::take(programs)?,
             pending: unlocked(programs, "PENDING")?,
-            cells: Mutex::new(Cells::take(programs)?),
             counters: unlocked(programs, "COUNTERS")?,
             exceptions: unlocked(programs, "EXCEPTIONS")?,
             guard: GuardMaps::take(programs)?,
@@ -470,69 +479,25 @@ impl Maps {
     }
 }
 
-/// The storage of names in sockets. Each captured connection is read once, which takes no lock.
-struct SocketNames {
-    reader: OwnedFd,
-    map: Mutex<SkStorage<MapData, Names>>,
-}
-
-impl SocketNames {
-    fn take(programs: &mut Programs) -> Result<Self, KernelError> {
-        const NAME: &str = "NAMES";
-        let map = programs.ebpf().map(NAME);
-        let data = match map {
-            Some(Map::SkStorage(data)) => data,
-            _ => return Err(KernelError::Map { map: NAME, problem: "no socket storage".to_owned() }),
-        };
-        let reader = data.fd().as_fd().try_clone_to_owned();
-        let reader = reader.map_err(|e| KernelError::Map { map: NAME, problem: e.to_string() })?;
-        Ok(Self { reader, map: typed(programs, NAME)? })
-    }
-
-    fn get(&self, socket: &impl AsRawFd) -> Option<Names> {
-        link::read(self.reader.as_fd(), &socket.as_raw_fd())
-    }
-
-    fn set(&self, socket: &impl AsRawFd, names: Names) -> Result<(), KernelError> {
-        lock(&self.map).insert(socket, names, 0).map_err(failed("NAMES"))
-    }
-}
-
-/// The map of captured connections. A look-up takes no lock.
-struct Captured(OwnedFd);
-
-impl Captured {
-    fn take(programs: &mut Programs) -> Result<Self, KernelError> {
-        const NAME: &str = "CAPTURED";
-        let problem = |problem: String| KernelError::Map { map: NAME, problem };
-        let map = programs.ebpf().map(NAME);
-        let map = map.ok_or_else(|| problem("not in the object".to_owned()))?;
-        HashMap::<_, Tuple, Destination>::try_from(map).map_err(failed(NAME))?;
-        let Map::HashMap(data) = map else { return Err(problem("no hash map".to_owned())) };
-        let reader = data.fd().as_fd().try_clone_to_owned();
-        Ok(Self(reader.map_err(|error| problem(error.to_string()))?))
-    }
-
-    fn has(&self, key: &Tuple) -> bool {
-        link::read::<Tuple, Destination>(self.0.as_fd(), key).is_some()
-    }
-}
-
 /// As [`typed`], for a map that is only read.
 fn unlocked<M: TryFrom<Map, Error = MapError>>(
     programs: &mut Programs,
     name: &'static str,
 ) -> Result<M, KernelError> {
-    Ok(typed(programs, name)?.into_inner().unwrap_or_else(PoisonError::into_inner))
+    map_of(programs.ebpf(), name)
 }
 
 fn typed<M: TryFrom<Map, Error = MapError>>(
     programs: &mut Programs,
     name: &'static str,
 ) -> Result<Mutex<M>, KernelError> {
+    map_of(programs.ebpf(), name).map(Mutex::new)
+}
+
+/// Takes a map of the loaded object.
+fn map_of<M: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, KernelError> {
     let missing = || KernelError::Map { map: name, problem: "not in the object".to_owned() };
-    let map = programs.ebpf().take_map(name).ok_or_else(missing)?;
-    M::try_from(map).map(Mutex::new).map_err(failed(name))
+    M::try_from(ebpf.take_map(name).ok_or_else(missing)?).map_err(failed(name))
 }
 
 /// Makes the keys of `map` exactly `wanted`.

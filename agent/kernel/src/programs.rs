@@ -1,7 +1,7 @@
 //! Load, attach and pin the programs; adopt those of an earlier agent without a gap.
 //!
 //! ```text
-//! <pinPath>/maps-v7/<MAP>            every map, by name; v7 is the ABI's version
+//! <pinPath>/maps-v8/<MAP>            every map, by name; v8 is the ABI's version
 //! <pinPath>/links/<program>          the programs at the pods' cgroup
 //! <pinPath>/links/steer-<cgroup id>  the steering program in one pod's network namespace
 //! <pinPath>/links/guard-<cgroup id>-<interface>  the guard on the host end of one pod's link, for frames from the pod

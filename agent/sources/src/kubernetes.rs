@@ -26,8 +26,8 @@ pub(crate) use reflector::{
 };
 pub(crate) use reported::{Problem, reported};
 pub(crate) use watcher::{
-    Change, Definition, KindName, Pause, Resource, Update, list_and_watch, list_and_watch_again,
-    list_and_watch_selected, random,
+    Change, Definition, KindName, NamespaceLists, Pause, Resource, Update, list_and_watch,
+    list_and_watch_again, list_and_watch_selected, random,
 };
 
 /// The reason why the API cannot be used.

@@ -17,11 +17,11 @@ use tacit_core::{
     policy::{Mode, Policies, PolicyKind},
     spiffe::TrustDomain,
 };
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 
 use crate::{
     kubernetes::{
-        self, Change, InvalidObjects, KubernetesError, Sender, Update, WatchTasks, access,
+        self, Change, InvalidObjects, KubernetesError, NamespaceLists, Sender, Update, WatchTasks, access,
         list_and_watch_again,
     },
     reload::Opening,
@@ -79,8 +79,8 @@ fn start(config: Config, settings: MeshSettings) -> Result<Opening<Policies>, Ku
     kubernetes::start(config, source, |client, news| watch_tasks(client, news, refused, relists))
 }
 
-/// Requests of new lists, for each resource.
-type Relists = [Arc<Notify>; PolicyKind::ALL.len()];
+/// Requests of new lists of namespaces, for each resource.
+type Relists = [Arc<NamespaceLists>; PolicyKind::ALL.len()];
 
 fn watch_tasks(
     client: Client,
@@ -136,8 +136,9 @@ impl kubernetes::ObjectStore for PolicySource {
 
     fn take_changed(&mut self) -> Option<Policies> {
         let changed = self.store.take_changed();
-        if self.store.take_needs_list() {
-            self.relists.iter().for_each(|relist| relist.notify_one());
+        let namespaces = self.store.take_needs_list();
+        if !namespaces.is_empty() {
+            self.relists.iter().for_each(|relist| relist.request(namespaces.iter().cloned()));
         }
         changed.map(|policies| self.settings.applied(policies))
     }

@@ -77,7 +77,8 @@ pub(super) async fn stand_by(
 }
 
 /// Waits until all pods of `node` that have a cgroup have certificates. A pod that is deleted meanwhile needs none. Pods that
-/// never run are not waited for: anybody who may create pods can make thousands of them. Only changed pods are looked at.
+/// never run are not waited for: anybody who may create pods can make thousands of them. Nor are pods whose identities the
+/// issuer refuses while it issues others: no image would change that. Only changed pods are looked at.
 async fn certified(
     directory: &Watched<Directory>,
     identities: &Identities,
@@ -97,7 +98,17 @@ async fn certified(
         seen = known;
         // Requests all certificates. The identity manager logs failures and retries.
         missing.retain(|_, workload| identities.ready(&workload.identity).is_err());
+        let is_refused = |workload: &Arc<Workload>| identities.is_refused(&workload.identity);
         if missing.is_empty() {
+            return;
+        }
+        if identities.has_any() && missing.values().all(is_refused) {
+            let pod = missing.keys().next().map_or("", String::as_str);
+            tracing::warn!(
+                pods = missing.len(),
+                pod,
+                "the issuer refuses the identities of pods; not waiting for their certificates"
+            );
             return;
         }
         // Both senders outlive this wait, so neither channel closes.
@@ -175,9 +186,12 @@ async fn on_a_thread<T: Send + 'static>(
 mod tests {
     use std::fs;
 
-    use tacit_core::spiffe::TrustDomain;
+    use tacit_core::{
+        directory::AddressConflict,
+        spiffe::{SpiffeId, TrustDomain},
+    };
     use tacit_identity::{
-        issuer::Issuer,
+        issuer::{EmbeddedIssuer, Issuer, LEAF_LIFETIME},
         istio::{IstioConfig, IstioIssuer},
     };
     use tacit_testing::Scratch;
@@ -224,5 +238,46 @@ mod tests {
         fs::write(&fresh, "workloads: []\n").expect("written");
         fs::rename(&fresh, &file).expect("replaced");
         timeout(soon, waiting).await.expect("the pod is gone");
+    }
+
+    /// A static pod in a namespace without identities for such pods, for example, used to hold up every update of its node.
+    #[tokio::test]
+    async fn a_pod_whose_identity_is_refused_holds_up_no_successor_while_others_get_theirs() {
+        let folder = Scratch::new();
+        let [ours, other] =
+            ["cluster.local", "other.local"].map(|name| TrustDomain::parse(name).expect("valid"));
+        let issuer = EmbeddedIssuer::open(folder.path(), &ours, LEAF_LIFETIME).expect("a root");
+        let identities = Identities::start(Issuer::Embedded(issuer));
+        let file = folder.path().join("directory.yaml");
+        let workload = |name: &str, last: u8| {
+            format!("- {{name: {name}, namespace: shop, addresses: [10.77.1.{last}], node: a}}\n")
+        };
+        let named = file.clone();
+        let parse = move |text: &str| {
+            let mut directory = Directory::parse(text, &named, &ours)?;
+            // The issuer has nothing for another trust domain.
+            let refused = directory.named("shop", "static").cloned().expect("it is listed");
+            let identity = SpiffeId::new(&other, "shop", "static").expect("valid");
+            directory.insert(Workload { identity, ..(*refused).clone() }, AddressConflict::Replace);
+            Ok(directory)
+        };
+        fs::write(&file, format!("workloads:\n{}", workload("static", 3))).expect("written");
+        let directory = Watched::open(&file, parse).expect("read");
+        let refused = directory.current().named("shop", "static").expect("it is listed").identity.clone();
+        let mut waiting = std::pin::pin!(certified(&directory, &identities, "a", |_| true));
+        let mut attempts = identities.changes();
+        // An issuer that refuses all may be the wrong one, or this agent's token may be.
+        while !identities.is_refused(&refused) {
+            tokio::select! {
+                () = &mut waiting => panic!("the agent has no certificate at all"),
+                attempt = attempts.changed() => attempt.expect("attempts go on"),
+            }
+        }
+        let fresh = folder.path().join("fresh");
+        let both = format!("workloads:\n{}{}", workload("static", 3), workload("web", 2));
+        fs::write(&fresh, both).expect("written");
+        fs::rename(&fresh, &file).expect("replaced");
+        timeout(Duration::from_secs(60), waiting).await.expect("the other pod has a certificate");
+        assert!(identities.has_any() && identities.is_refused(&refused));
     }
 }

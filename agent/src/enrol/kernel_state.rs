@@ -36,7 +36,7 @@ impl Enroller {
         // refused by the kernel.
         let maps = &self.kernel.maps;
         let slot = state.free_slot(|slot| maps.pending(slot).is_some_and(|pending| pending.is_clear()));
-        maps.clear_cells(slot).map_err(|error| NotYet::Kernel(error.to_string()))?;
+        maps.remove_modes(slot);
         let policies = self.snapshots.policies.current();
         let policy = PodPolicy::configured(&policies, workload);
         let entry = |policy: &PodPolicy| entry(workload, cgroup, slot, (0, 0), policy);
@@ -60,13 +60,13 @@ impl Enroller {
     ) -> Result<(PodPolicy, Vec<GuardedLink>), KernelError> {
         let maps = &self.kernel.maps;
         let mut policy = policy;
-        let PodEntry { cgroup, slot, addresses, .. } = entry(&policy);
-        if let Err(error) = set_modes(maps, slot, &addresses, &policy) {
+        let written = entry(&policy);
+        if let Err(error) = set_modes(maps, &written, &policy) {
             policy = policy.fail_closed(error.to_string());
-            set_modes(maps, slot, &addresses, &policy)?;
+            set_modes(maps, &written, &policy)?;
         }
-        listeners.publish(maps, slot)?;
-        let links = self.guard(cgroup, netns, Steering::Attach)?;
+        listeners.publish(maps, written.slot)?;
+        let links = self.guard(written.cgroup, netns, Steering::Attach)?;
         maps.set_pod(&entry(&policy))?;
         Ok((policy, links))
     }

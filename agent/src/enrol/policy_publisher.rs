@@ -234,7 +234,7 @@ pub(super) fn put_in_force(
     // Both maps are written, the second also after the first has failed.
     let write = |policy: &PodPolicy| {
         let entry = entry(policy);
-        let modes = set_modes(maps, entry.slot, &entry.addresses, policy);
+        let modes = set_modes(maps, &entry, policy);
         modes.and(maps.set_pod(&entry))
     };
     let Err(error) = write(&wanted) else { return Ok(wanted) };
@@ -276,13 +276,8 @@ pub(super) fn plaintext_handling(policy: &PodPolicy) -> PlaintextHandling {
     }
 }
 
-pub(super) fn set_modes(
-    maps: &Maps,
-    slot: u32,
-    addresses: &[IpAddr],
-    policy: &PodPolicy,
-) -> Result<(), KernelError> {
+pub(super) fn set_modes(maps: &Maps, entry: &PodEntry, policy: &PodPolicy) -> Result<(), KernelError> {
     let default = (policy.modes.default, plaintext_handling(policy));
     let ports: BTreeMap<u16, Mode> = policy.modes.exceptions().collect();
-    maps.set_modes(slot, addresses, default, &ports)
+    maps.set_modes(entry.cells(), &entry.addresses, default, &ports)
 }

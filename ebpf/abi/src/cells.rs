@@ -4,6 +4,26 @@
 const TIME_BITS: u32 = 24;
 const TIME_MASK: u64 = (1 << TIME_BITS) - 1;
 
+/// One pod's cells in a table that has cells for each slot. The mark is part of each flow's hash, so a pod's cells match nothing
+/// for the next pod in its slot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PodCells {
+    /// The pod's slot.
+    pub slot: u32,
+    /// Lower half of the id of the pod's cgroup. The kernel gives each of its values once before it begins again, which takes 2^31
+    /// cgroups. No cell counts for that long.
+    pub mark: u32,
+}
+
+impl PodCells {
+    /// Returns the cells of the pod with this slot and cgroup.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(slot: u32, cgroup: u64) -> Self {
+        Self { slot, mark: cgroup as u32 }
+    }
+}
+
 /// A bijection of 64 bits in which each bit of the input changes half of the output (murmur3's finalizer).
 #[inline(always)]
 pub(crate) const fn mix(mut value: u64) -> u64 {

@@ -168,7 +168,7 @@ pub trait GuardFacts {
     /// Returns true if the frame is addressed to a neighbour on the pod's link and not to the node. Used on links only.
     fn is_to_neighbour(&self) -> bool;
     /// Returns true if the pod sent a datagram to the packet's other end from the packet's port a short time ago.
-    fn is_answer(&self, pod: &Pod, packet: &Packet) -> bool;
+    fn is_answer(&self, packet: &Packet) -> bool;
     /// Returns true if the segment is a SYN cookie of the agent's tunnel listener in the pod, without a socket, and with the
     /// options only that the kernel writes. Used on links only.
     fn is_tunnel_cookie(&self, pod: &Pod, packet: &Packet) -> bool;
@@ -382,7 +382,7 @@ pub fn decide_ingress(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Ve
         protocol::TCP => decide_ingress_tcp(facts, pod, packet),
         protocol::UDP => decide_ingress_udp(facts, pod, packet),
         _ if !is_held => Verdict::Pass,
-        _ => answer_or(facts, pod, packet, Reason::GuardInboundOther),
+        _ => answer_or(facts, packet, Reason::GuardInboundOther),
     }
 }
 
@@ -430,13 +430,13 @@ fn decide_ingress_udp(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Ve
     if !is_strict(pod) && !facts.in_mesh(&packet.remote) && !is_neighbour(&packet.remote) {
         return Verdict::Except(Exception::Outside);
     }
-    answer_or(facts, pod, packet, Reason::GuardInboundUdp)
+    answer_or(facts, packet, Reason::GuardInboundUdp)
 }
 
 /// Returns the verdict on what only arrives as an answer to what the pod sent.
 #[inline(always)]
-fn answer_or(facts: &impl GuardFacts, pod: &Pod, packet: &Packet, refused: Reason) -> Verdict {
-    if !facts.is_answer(pod, packet) {
+fn answer_or(facts: &impl GuardFacts, packet: &Packet, refused: Reason) -> Verdict {
+    if !facts.is_answer(packet) {
         return Verdict::Drop(refused);
     }
     let is_allowed = facts.is_allowed_clear(&packet.remote, packet.remote_port, packet.protocol);

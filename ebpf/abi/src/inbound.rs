@@ -1,6 +1,6 @@
 //! Decision on a connection that arrives in a pod.
 
-use crate::{Address, Listener, Mode, NodeFlow, Reason, Steered, Tuple, steer_flag, tcp_port};
+use crate::{Address, Listener, Mode, NodeFlow, PodCells, Reason, Steered, Tuple, steer_flag, tcp_port};
 
 /// A TCP connection that arrives in an enrolled pod's network namespace.
 #[derive(Clone, Copy, Debug)]
@@ -53,8 +53,8 @@ pub trait InboundFacts {
     fn is_captured(&self, key: &Tuple) -> bool;
     /// Returns the mode of a port that has its own.
     fn port_mode(&self, slot: u32, port: u16) -> Option<u32>;
-    /// Returns true if the node itself opens this connection to the pod with `slot`, as seen on the host end of its link.
-    fn is_node_flow(&self, slot: u32, flow: &Inbound) -> bool;
+    /// Returns true if the node itself opens this connection to the pod with these cells, as seen on the host end of its link.
+    fn is_node_flow(&self, pod: PodCells, flow: &Inbound) -> bool;
     /// Returns true for addresses in the mesh's ranges.
     fn in_mesh(&self, address: &Address) -> bool;
     /// Returns true if the agent's heartbeat is stale.
@@ -109,7 +109,7 @@ pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
     if tcp_port::is_reserved(flow.port) {
         return Steer::Drop(Reason::InboundReserved);
     }
-    if facts.is_node_flow(steered.slot, flow) {
+    if facts.is_node_flow(steered.cells(), flow) {
         return Steer::Pass(Reason::InboundNode);
     }
     let mode = facts.port_mode(steered.slot, flow.port).unwrap_or(steered.mode);
@@ -185,8 +185,8 @@ mod tests {
             assert_eq!(slot, 3);
             self.port_mode
         }
-        fn is_node_flow(&self, slot: u32, _: &Inbound) -> bool {
-            assert_eq!(slot, 3);
+        fn is_node_flow(&self, pod: PodCells, _: &Inbound) -> bool {
+            assert_eq!(pod.slot, 3);
             self.node
         }
         fn in_mesh(&self, _: &Address) -> bool {
@@ -249,7 +249,7 @@ mod tests {
     fn plaintext_to_a_pod_with_policies_goes_to_the_agent_or_is_reset() {
         use Mode::{Disable, Permissive, Strict};
         let selected = |mode, port_mode, stale| {
-            let steered = Steered { slot: 3, mode: mode as u32, flags: steer_flag::JUDGED, pad: 0 };
+            let steered = Steered { slot: 3, mode: mode as u32, flags: steer_flag::JUDGED, mark: 0 };
             In { steered: Some(steered), stale, ..known(mode, port_mode) }
         };
         let to_agent = |reason| Steer::Agent(3, Listener::Plaintext, reason);

@@ -1,9 +1,9 @@
 //! Keys, values and sizes of the maps, with the constants that both sides use.
 
-use crate::{Address, tcp_port};
+use crate::{Address, PodCells, tcp_port};
 
 /// Version of the maps' layout and meaning, raised with every change. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 7;
+pub const ABI_VERSION: u32 = 8;
 
 /// Bounds of the maps, in entries.
 pub mod limits {
@@ -215,11 +215,18 @@ pub struct Steered {
     pub mode: u32,
     /// Bits of [`steer_flag`].
     pub flags: u32,
-    /// Explicit padding, zero.
-    pub pad: u32,
+    /// The pod's [`PodCells::mark`].
+    pub mark: u32,
 }
 
 impl Steered {
+    /// Returns the pod's cells in the tables of flows.
+    #[inline(always)]
+    #[must_use]
+    pub const fn cells(&self) -> PodCells {
+        PodCells { slot: self.slot, mark: self.mark }
+    }
+
     /// Returns true if this bit of [`steer_flag`] is set.
     #[inline(always)]
     #[must_use]

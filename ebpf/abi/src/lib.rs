@@ -43,7 +43,7 @@ pub mod tcp_port;
 pub use address::Address;
 pub use answers::{ANSWER_WAYS, answer_cells, is_expected, remember};
 pub use arrival::{Arrival, ArrivalFacts, decide_arrival, seconds};
-pub use cells::pod_secret;
+pub use cells::{PodCells, pod_secret};
 pub use claim::{Claim, may_claim, may_send_from};
 pub use drops::{DROP_WAYS, DropCounter, PodDrops, drops_index};
 pub use exception::{EXCEPTION_COUNTERS, EXCEPTIONS, Exception, ExceptionHook, ExceptionText};

@@ -7,7 +7,7 @@
 //! CPUs write at once matches neither flow. A pod with more flows than cells loses its own oldest ones. Each packet of the node
 //! makes its cell again.
 
-use crate::{Address, cells::mix, limits, seconds};
+use crate::{Address, PodCells, cells::mix, limits, seconds};
 
 /// Neighbouring cells in which a flow may be.
 pub const NODE_FLOW_WAYS: u32 = 4;
@@ -69,11 +69,11 @@ impl NodeFlow {
         Self { node, pod, node_port, pod_port, protocol: protocol as u32 }
     }
 
-    /// Returns the flow's key in the cells of the pod with `slot`. `None` for a pod without a slot.
+    /// Returns the flow's key in the cells of a pod. `None` for a pod without a slot.
     #[inline(always)]
     #[must_use]
-    pub const fn key(&self, seed: u64, slot: u32) -> Option<NodeFlowKey> {
-        if slot >= limits::SLOTS {
+    pub const fn key(&self, seed: u64, cells: PodCells) -> Option<NodeFlowKey> {
+        if cells.slot >= limits::SLOTS {
             return None;
         }
         let (node, pod) = (&self.node.0, &self.pod.0);
@@ -92,10 +92,11 @@ impl NodeFlow {
             second = mix(second ^ words[at].rotate_left(32));
             at += 1;
         }
-        first = mix(first ^ self.protocol as u64);
-        second = mix(second ^ self.protocol as u64);
+        let last = pair(cells.mark, self.protocol);
+        first = mix(first ^ last);
+        second = mix(second ^ last);
         let set = mix(first ^ second) as u32 & (limits::NODE_FLOWS_PER_POD - NODE_FLOW_WAYS);
-        let index = slot * limits::NODE_FLOWS_PER_POD + set;
+        let index = cells.slot * limits::NODE_FLOWS_PER_POD + set;
         Some(NodeFlowKey { index, first: first | 1, second: second & !TIME_MASK })
     }
 }
@@ -147,6 +148,7 @@ mod tests {
     use std::collections::HashSet;
 
     const SECOND: u64 = 1_000_000_000;
+    const POD: PodCells = PodCells::new(3, 70);
     const AT: u64 = 40_000_000 * SECOND;
 
     fn flow(node_port: u32) -> NodeFlow {
@@ -156,7 +158,7 @@ mod tests {
 
     #[test]
     fn only_the_flow_of_the_nodes_packet_is_proven_and_for_a_bounded_time() {
-        let key = flow(4000).key(1, 3).expect("a slot");
+        let key = flow(4000).key(1, POD).expect("a slot");
         let cell = key.proven(AT);
         for (age, proven) in [(0, true), (PROVEN_SECONDS, true), (PROVEN_SECONDS + 1, false)] {
             assert_eq!(key.is_proven(&cell, AT + age * SECOND), proven, "{age}");
@@ -172,29 +174,39 @@ mod tests {
             NodeFlow { node: like.pod, pod: like.node, ..like },
         ];
         for other in others {
-            let other = other.key(1, 3).expect("a slot");
+            let other = other.key(1, POD).expect("a slot");
             assert!(!other.is_of(&cell));
             // A cell that two flows wrote at once is neither's.
             let torn = NodeFlowCell { first: cell.first, second: other.proven(AT).second };
             assert!(!key.is_of(&torn) && !other.is_of(&torn));
         }
-        assert!(!flow(4000).key(2, 3).expect("a slot").is_of(&cell), "another seed");
+        assert!(!flow(4000).key(2, POD).expect("a slot").is_of(&cell), "another seed");
+    }
+
+    #[test]
+    fn a_cell_proves_nothing_for_the_next_pod_of_its_slot() {
+        let cell = flow(4000).key(1, POD).expect("a slot").proven(AT);
+        for cgroup in (0..10_000).filter(|cgroup| *cgroup != 70) {
+            assert!(!flow(4000).key(1, PodCells::new(3, cgroup)).expect("a slot").is_of(&cell), "{cgroup}");
+        }
     }
 
     #[test]
     fn a_pods_flows_are_in_its_own_cells_and_use_all_of_them() {
-        let sets: HashSet<u32> =
-            (0..20_000).filter_map(|port| flow(port).key(5, 1)).map(|key| key.index).collect();
+        let sets: HashSet<u32> = (0..20_000)
+            .filter_map(|port| flow(port).key(5, PodCells::new(1, 70)))
+            .map(|key| key.index)
+            .collect();
         let own = limits::NODE_FLOWS_PER_POD..2 * limits::NODE_FLOWS_PER_POD - NODE_FLOW_WAYS + 1;
         assert!(sets.iter().all(|index| own.contains(index)));
         assert_eq!(sets.len() as u32, limits::NODE_FLOWS_PER_POD / NODE_FLOW_WAYS);
-        assert_eq!(flow(1).key(5, limits::SLOTS), None);
-        assert_eq!(flow(1).key(5, u32::MAX), None);
+        assert_eq!(flow(1).key(5, PodCells::new(limits::SLOTS, 70)), None);
+        assert_eq!(flow(1).key(5, PodCells::new(u32::MAX, 70)), None);
     }
 
     #[test]
     fn an_empty_cell_is_older_than_any_other() {
-        let old = flow(1).key(1, 3).expect("a slot").proven(AT);
+        let old = flow(1).key(1, POD).expect("a slot").proven(AT);
         assert!(NodeFlowCell::default().age(AT) > old.age(AT + 3600 * SECOND));
     }
 }

@@ -12,7 +12,7 @@ use proptest::{
 };
 use tacit_abi::{
     Accepted, Address, Connect, ConnectFacts, GuardFacts, Hook, Inbound, InboundFacts, Link, Listener,
-    Marked, Mode, Packet, Pod, Reason, Segment, Steer, Steered, Tuple, Verdict, decide_connect,
+    Marked, Mode, Packet, Pod, PodCells, Reason, Segment, Steer, Steered, Tuple, Verdict, decide_connect,
     decide_egress, decide_inbound, decide_ingress, may_send_from, pod_flag, protocol, steer_flag, tcp_port,
 };
 
@@ -78,7 +78,7 @@ impl GuardFacts for Facts {
     fn is_to_neighbour(&self) -> bool {
         self.to_neighbour
     }
-    fn is_answer(&self, _: &Pod, _: &Packet) -> bool {
+    fn is_answer(&self, _: &Packet) -> bool {
         self.answer
     }
     fn is_tunnel_cookie(&self, _: &Pod, _: &Packet) -> bool {
@@ -144,7 +144,7 @@ impl InboundFacts for Facts {
     fn port_mode(&self, _: u32, _: u16) -> Option<u32> {
         self.port_mode
     }
-    fn is_node_flow(&self, _: u32, _: &Inbound) -> bool {
+    fn is_node_flow(&self, _: PodCells, _: &Inbound) -> bool {
         self.node_flow
     }
     fn in_mesh(&self, _: &Address) -> bool {
@@ -180,7 +180,7 @@ fn pod() -> impl Strategy<Value = Pod> {
 }
 
 fn facts() -> impl Strategy<Value = Facts> {
-    let steered = (raw_mode(), 0..2_u32).prop_map(|(mode, flags)| Steered { slot: 3, mode, flags, pad: 0 });
+    let steered = (raw_mode(), 0..2_u32).prop_map(|(mode, flags)| Steered { slot: 3, mode, flags, mark: 0 });
     let accepted = select(vec![None, Some(Accepted::Node), Some(Accepted::Other)]);
     let options = (
         proptest::option::of(raw_mode()),

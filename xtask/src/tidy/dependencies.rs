@@ -41,7 +41,7 @@ const CORE: &str = "agent/core";
 const CORE_DEPENDENCIES: [&str; 5] = ["tacit-abi", "ipnet", "saphyr-parser", "serde", "thiserror"];
 
 /// Pure modules of other crates; `x` means the file x.rs and the folder x/.
-const PURE: [&str; 16] = [
+const PURE: [&str; 19] = [
     "agent/src/enrol/plan",
     "agent/src/enrol/pod_policy",
     "agent/grpc/src/frame",

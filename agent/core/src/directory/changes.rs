@@ -45,9 +45,8 @@ impl Directory {
     /// Counts a change of the conflicts in which `workload` takes part.
     fn note_conflicts(&mut self, workload: Option<&Arc<Workload>>) {
         let mut addresses = workload.into_iter().flat_map(|workload| &workload.addresses);
-        let is_contested = |address: &IpAddr| {
-            self.addresses.is_unclear(*address) || !self.services.outer(*address).is_empty()
-        };
+        let is_contested =
+            |address: &IpAddr| self.addresses.is_unclear(*address) || self.services.outer(*address).is_some();
         self.conflict_changes += u64::from(addresses.any(is_contested));
     }
 
@@ -152,17 +151,11 @@ impl Directory {
 
     /// Adds a service, or replaces the one of its name.
     pub fn insert_service(&mut self, service: Service) {
-        self.remove_service(&service.namespace, &service.name);
-        let service = Arc::new(service);
-        self.services.insert(&service);
-        self.conflict_changes += u64::from(service.outer_addresses().next().is_some());
-        self.services_by_name.insert(full_name(&service.namespace, &service.name).into(), service);
+        self.conflict_changes += u64::from(self.services.insert(service));
     }
 
     /// Removes a service. A ClusterIP that another took over meanwhile stays the other's.
     pub fn remove_service(&mut self, namespace: &str, name: &str) {
-        let Some(service) = self.services_by_name.remove(full_name(namespace, name).as_str()) else { return };
-        self.services.remove(&service);
-        self.conflict_changes += u64::from(service.outer_addresses().next().is_some());
+        self.conflict_changes += u64::from(self.services.remove(namespace, name));
     }
 }

@@ -54,6 +54,11 @@ impl Service {
         self.ingress_ips.binary_search(address).is_ok()
     }
 
+    /// Returns true for one of its addresses that other services may have too.
+    pub(super) fn has_outer(&self, address: &IpAddr) -> bool {
+        self.has_ingress(address) || self.external_ips.contains(address)
+    }
+
     pub(super) fn has_port(&self, number: u16) -> bool {
         self.ports.iter().any(|port| port.port == number)
     }

@@ -2,7 +2,8 @@
 //!
 //! While a table was never written in full, or is known to lack an entry, the kernel takes every address, or every port of a node,
 //! for one of a service. So a STRICT pod sends nothing there as plaintext. The flag that says so comes before the table changes, and
-//! goes after it has. The flags have a map of their own: no heartbeat writes them, neither this agent's nor that of one which ends.
+//! goes after it has (`plan`). The flags have a map of their own: no heartbeat writes them, neither this agent's nor that of one
+//! which ends.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -10,18 +11,27 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use aya::maps::{Array, HashMap, MapData};
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, MapData},
+};
 use tacit_abi::{
     Address, ClearKey, limits,
     node_port::{PORT_WORDS, flag, port_bit},
 };
 
 use super::{
-    super::{KernelError, programs::Programs},
-    Maps, PRESENT, PlaintextDestination, address, failed,
-    guard::clear_key,
-    lock, replace_all, unlocked,
+    super::KernelError, Maps, PRESENT, PlaintextDestination, address, failed, guard::clear_key, lock, map_of,
 };
+
+mod plan;
+
+use plan::{Services, Write};
+
+const FLAGS: &str = "NODE_TABLES";
+const NODES: &str = "CLUSTER_NODES";
+const SERVICES: &str = "NODE_SERVICES";
+const PORTS: &str = "NODE_SERVICE_PORTS";
 
 /// The ports of load balancers at addresses of nodes.
 #[derive(Debug, Clone, Default)]
@@ -43,52 +53,58 @@ pub(super) struct NodeTables {
 }
 
 impl NodeTables {
-    pub(super) fn take(programs: &mut Programs) -> Result<Self, KernelError> {
+    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, KernelError> {
         Ok(Self {
-            flags: unlocked(programs, "NODE_TABLES")?,
-            nodes: unlocked(programs, "CLUSTER_NODES")?,
-            services: unlocked(programs, "NODE_SERVICES")?,
-            ports: unlocked(programs, "NODE_SERVICE_PORTS")?,
+            flags: map_of(ebpf, FLAGS)?,
+            nodes: map_of(ebpf, NODES)?,
+            services: map_of(ebpf, SERVICES)?,
+            ports: map_of(ebpf, PORTS)?,
         })
     }
 
-    /// Sets or clears bits of [`flag`].
-    fn mark(&mut self, flag: u32, is_set: bool) -> Result<(), KernelError> {
-        const MAP: &str = "NODE_TABLES";
-        let others = self.flags.get(&0, 0).map_err(failed(MAP))? & !flag;
-        self.flags.set(0, if is_set { others | flag } else { others }, 0).map_err(failed(MAP))
+    fn flags(&self) -> Result<u32, KernelError> {
+        self.flags.get(&0, 0).map_err(failed(FLAGS))
     }
 
-    fn has(&self, flag: u32) -> Result<bool, KernelError> {
-        self.flags.get(&0, 0).map(|flags| flags & flag != 0).map_err(failed("NODE_TABLES"))
-    }
-
-    /// Makes the words of the bitmap those that `word` returns.
-    fn set_ports(&mut self, word: impl Fn(u64, u64) -> u64, wanted: &[u64]) -> Result<(), KernelError> {
-        const MAP: &str = "NODE_SERVICE_PORTS";
-        for (index, wanted) in (0..PORT_WORDS).zip(wanted) {
-            let present = self.ports.get(&index, 0).map_err(failed(MAP))?;
-            let new = word(present, *wanted);
-            if new != present {
-                self.ports.set(index, new, 0).map_err(failed(MAP))?;
+    /// Makes the writes up to the first that fails.
+    fn make(&mut self, writes: &[Write]) -> Result<(), KernelError> {
+        writes.iter().try_for_each(|write| match write {
+            Write::Flags(flags) => self.flags.set(0, flags, 0).map_err(failed(FLAGS)),
+            Write::AddNode(address) => self.nodes.insert(address, PRESENT, 0).map_err(failed(NODES)),
+            Write::AddService(key) => self.services.insert(key, PRESENT, 0).map_err(failed(SERVICES)),
+            Write::Ports(word, bits) => self.ports.set(*word, bits, 0).map_err(failed(PORTS)),
+            // One that stays is one of a node, or of a service, for longer.
+            Write::RemoveNode(address) => {
+                let _ = self.nodes.remove(address);
+                Ok(())
             }
-        }
-        Ok(())
+            Write::RemoveService(key) => {
+                let _ = self.services.remove(key);
+                Ok(())
+            }
+        })
     }
 
-    /// Makes the entries those of `wanted`. What is new comes before what is gone goes.
-    fn set_services(&mut self, wanted: &HashSet<ClearKey>, ports: &[u64]) -> Result<(), KernelError> {
-        const MAP: &str = "NODE_SERVICES";
-        self.set_ports(|present, wanted| present | wanted, ports)?;
-        let present: HashSet<ClearKey> = self.services.keys().filter_map(Result::ok).collect();
-        for new in wanted.difference(&present) {
-            self.services.insert(new, PRESENT, 0).map_err(failed(MAP))?;
+    fn set_nodes(&mut self, wanted: &HashSet<Address>, has_room: bool) -> Result<(), KernelError> {
+        let (flags, present) = (self.flags()?, self.nodes.keys().filter_map(Result::ok).collect());
+        let written = self.make(&plan::nodes(flags, &present, wanted, has_room));
+        if written.is_err() {
+            let flags = self.flags()? & !flag::NODES_KNOWN;
+            self.make(&[Write::Flags(flags)])?;
         }
-        for gone in present.difference(wanted) {
-            // One that stays makes a port one of a service for longer.
-            let _ = self.services.remove(gone);
+        written
+    }
+
+    fn set_services(&mut self, wanted: &Services, has_room: bool) -> Result<(), KernelError> {
+        let ports: Result<_, _> = (0..PORT_WORDS).map(|word| self.ports.get(&word, 0)).collect();
+        let entries = self.services.keys().filter_map(Result::ok).collect();
+        let present = Services { entries, ports: ports.map_err(failed(PORTS))? };
+        let written = self.make(&plan::services(self.flags()?, &present, wanted, has_room));
+        if written.is_err() {
+            let flags = self.flags()? | flag::PORTS_UNKNOWN;
+            self.make(&[Write::Flags(flags)])?;
         }
-        self.set_ports(|_, wanted| wanted, ports)
+        written
     }
 }
 
@@ -100,19 +116,8 @@ impl Maps {
     /// as one of a node after an error. After the first success every port of a node counts as one of a service, until
     /// [`Self::set_node_services`] has written the ports.
     pub fn set_cluster_nodes(&self, addresses: impl Iterator<Item = IpAddr>) -> Result<(), KernelError> {
-        const MAP: &str = "CLUSTER_NODES";
-        let (wanted, room) = fitting(addresses.map(address), limits::CLUSTER_NODES as usize, MAP);
-        let mut tables = lock(&self.node_tables);
-        if room.is_err() {
-            tables.mark(flag::NODES_KNOWN, false)?;
-        }
-        let written = replace_all(&mut tables.nodes, &wanted).map_err(failed(MAP)).and(room);
-        if written.is_ok() && !tables.has(flag::NODES_KNOWN)? {
-            // In one write: without the nodes, unknown ports would be those of every address.
-            tables.mark(flag::NODES_KNOWN | flag::PORTS_UNKNOWN, true)?;
-        }
-        tables.mark(flag::NODES_KNOWN, written.is_ok())?;
-        written
+        let (wanted, room) = fitting(addresses.map(address), limits::CLUSTER_NODES as usize, NODES);
+        lock(&self.node_tables).set_nodes(&wanted, room.is_ok()).and(room)
     }
 
     /// Makes the ports of load balancers that have addresses of nodes exactly `ports`.
@@ -121,33 +126,28 @@ impl Maps {
     /// [`KernelError::Full`] for more than the map holds; those that fit are written. [`KernelError::Map`]. Every port of a node
     /// counts as one of a service after an error.
     pub fn set_node_services(&self, ports: &NodeServicePorts) -> Result<(), KernelError> {
-        const MAP: &str = "NODE_SERVICES";
+        let (wanted, room) = Services::of(ports);
+        lock(&self.node_tables).set_services(&wanted, room.is_ok()).and(room)
+    }
+}
+
+impl Services {
+    /// Returns the entries for `ports` that fit into the table, and an error if there are more.
+    fn of(ports: &NodeServicePorts) -> (Self, Result<(), KernelError>) {
         let balanced = ports
             .addresses
             .iter()
             .map(|ip| PlaintextDestination { address: SocketAddr::new(*ip, 0), protocol: 0 });
         let (addresses, room) =
-            fitting(balanced.map(|at| clear_key(&at)), limits::CLUSTER_NODES as usize, MAP);
-        let (mut wanted, exact_room) =
-            fitting(ports.exact.iter().map(clear_key), limits::NODE_SERVICES as usize, MAP);
-        wanted.extend(addresses);
-        let room = room.and(exact_room);
+            fitting(balanced.map(|at| clear_key(&at)), limits::CLUSTER_NODES as usize, SERVICES);
+        let (mut entries, exact_room) =
+            fitting(ports.exact.iter().map(clear_key), limits::NODE_SERVICES as usize, SERVICES);
+        entries.extend(addresses);
         let mut bits = vec![0_u64; PORT_WORDS as usize];
         for (word, bit) in ports.anywhere.iter().map(|(port, protocol)| port_bit(*port, (*protocol).into())) {
             bits[word as usize] |= bit;
         }
-        let is_empty = wanted.is_empty() && ports.anywhere.is_empty();
-        let mut tables = lock(&self.node_tables);
-        if room.is_err() {
-            tables.mark(flag::PORTS_UNKNOWN, true)?;
-        }
-        if !is_empty {
-            tables.mark(flag::LISTED, true)?;
-        }
-        let written = tables.set_services(&wanted, &bits).and(room);
-        tables.mark(flag::PORTS_UNKNOWN, written.is_err())?;
-        tables.mark(flag::LISTED, !is_empty)?;
-        written
+        (Self { entries, ports: bits }, room.and(exact_room))
     }
 }
 
@@ -171,18 +171,4 @@ fn fitting<K: Eq + Hash>(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn entries_that_do_not_fit_are_an_error_and_repeated_ones_are_not() {
-        let fit = |keys: &[u8]| fitting(keys.iter().copied(), 2, "TEST");
-        for keys in [&[][..], &[1], &[1, 2], &[1, 2, 1, 2]] {
-            let (kept, room) = fit(keys);
-            assert!(room.is_ok() && keys.iter().all(|key| kept.contains(key)), "{keys:?}");
-        }
-        let (kept, room) = fit(&[1, 1, 2, 3, 2, 4]);
-        assert_eq!(kept, HashSet::from([1, 2]));
-        assert!(matches!(room, Err(KernelError::Full { bound: 2, left_out: 2, .. })));
-    }
-}
+mod tests;

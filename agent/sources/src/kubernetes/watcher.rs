@@ -16,8 +16,10 @@
 //! known objects are kept: see `definition`.
 
 use std::{
+    collections::BTreeSet,
     fmt::Debug,
     hash::{BuildHasher as _, RandomState},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -43,9 +45,9 @@ use definition::{DefinitionChecks, check_definition};
 
 /// Objects per page, the usual value of clients. A page of pods has some MB.
 pub(crate) const PAGE: u32 = 500;
-/// Time between the request of a new list and the list, at most. Whoever can have lists requested costs the API server one
-/// list of each agent in this time, and not all of them at once.
-const RELIST_PAUSE: Duration = Duration::from_secs(30);
+/// Time between the request of a namespace's list and the list, at most. Whoever can have lists requested costs the API server
+/// one list of the namespace for each agent in this time, and not all of them at once.
+pub(crate) const RELIST_PAUSE: Duration = Duration::from_secs(30);
 /// Timeout of a page.
 const PAGE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Seconds after which the server ends a watch, about the usual value of clients.
@@ -127,6 +129,45 @@ pub(crate) enum Update<K, O> {
 
 type Sender<K> = mpsc::Sender<Update<<K as Resource>::Kind, <K as Resource>::Object>>;
 
+/// Namespaces whose objects are to be listed again.
+pub(crate) struct NamespaceLists {
+    wanted: Mutex<BTreeSet<String>>,
+    requests: Notify,
+    /// Time between a request and the list, at most.
+    pause: Duration,
+}
+
+impl Default for NamespaceLists {
+    fn default() -> Self {
+        Self::within(RELIST_PAUSE)
+    }
+}
+
+impl NamespaceLists {
+    pub(crate) fn within(pause: Duration) -> Self {
+        Self { wanted: Mutex::default(), requests: Notify::new(), pause }
+    }
+
+    /// Requests the lists of some namespaces. Each of them is listed once, however often it is requested meanwhile.
+    pub(crate) fn request(&self, namespaces: impl IntoIterator<Item = String>) {
+        self.wanted().extend(namespaces);
+        self.requests.notify_one();
+    }
+
+    /// Waits for requests, and then for a part of the pause. Returns the namespaces. Can be dropped without a loss.
+    async fn due(&self) -> BTreeSet<String> {
+        while self.wanted().is_empty() {
+            self.requests.notified().await;
+        }
+        sleep(shortened(self.pause, random())).await;
+        std::mem::take(&mut self.wanted())
+    }
+
+    fn wanted(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// The way a watch ended.
 enum WatchEnd {
     /// Closed by the server, as every watch is.
@@ -155,17 +196,21 @@ impl From<Error> for ListError {
 
 /// Lists and watches `K` until the receiver is dropped.
 pub(crate) async fn list_and_watch<K: Resource>(client: Client, updates: Sender<K>) {
-    list_and_watch_again::<K>(client, updates, &Notify::new()).await;
+    list_and_watch_again::<K>(client, updates, &NamespaceLists::default()).await;
 }
 
 /// As [`list_and_watch`], of the objects that a field selector selects, instead of [`Resource::FIELDS`].
 pub(crate) async fn list_and_watch_selected<K: Resource>(client: Client, updates: Sender<K>, fields: String) {
-    follow::<K>(Selection { client, fields: Some(fields) }, updates, &Notify::new()).await;
+    follow::<K>(Selection { client, fields: Some(fields) }, updates, &NamespaceLists::default()).await;
 }
 
-/// Lists and watches `K` until the receiver is dropped. Lists again after each request of `relist`, within [`RELIST_PAUSE`].
-pub(crate) async fn list_and_watch_again<K: Resource>(client: Client, updates: Sender<K>, relist: &Notify) {
-    follow::<K>(Selection { client, fields: K::FIELDS.map(str::to_owned) }, updates, relist).await;
+/// Lists and watches `K` until the receiver is dropped. Lists the objects of namespaces again that `again` names.
+pub(crate) async fn list_and_watch_again<K: Resource>(
+    client: Client,
+    updates: Sender<K>,
+    again: &NamespaceLists,
+) {
+    follow::<K>(Selection { client, fields: K::FIELDS.map(str::to_owned) }, updates, again).await;
 }
 
 /// The API, and the field selector of objects.
@@ -174,7 +219,7 @@ struct Selection {
     fields: Option<String>,
 }
 
-async fn follow<K: Resource>(api: Selection, updates: Sender<K>, relist: &Notify) {
+async fn follow<K: Resource>(api: Selection, updates: Sender<K>, again: &NamespaceLists) {
     let mut pause = Pause::default();
     while !updates.is_closed() {
         match list_served::<K>(&api, &updates).await {
@@ -182,19 +227,20 @@ async fn follow<K: Resource>(api: Selection, updates: Sender<K>, relist: &Notify
                 pause = Pause::default();
                 sleep(ABSENT_PAUSE).await;
             }
-            Ok(Some((path, version))) => {
+            Ok(Some((path, mut version))) => {
                 pause = Pause::default();
-                let again = async {
-                    relist.notified().await;
-                    sleep(shortened(RELIST_PAUSE, random())).await;
-                };
-                tokio::select! {
-                    end = watch_on::<K>(&api, path, version, &updates, &mut pause) => {
-                        if end.is_none() {
-                            return;
+                loop {
+                    tokio::select! {
+                        end = watch_on::<K>(&api, path, &mut version, &updates, &mut pause) => {
+                            if end.is_none() {
+                                return;
+                            }
+                            break;
+                        }
+                        namespaces = again.due() => {
+                            list_namespaces::<K>(&api, path, &updates, namespaces, again).await;
                         }
                     }
-                    () = again => {}
                 }
             }
             Err(problem) => {
@@ -237,20 +283,60 @@ async fn list_served<K: Resource>(
     Err(format!("{}: this API server does not serve the resource{help}", K::PATHS.join(", ")))
 }
 
+/// Lists the objects of some namespaces. The watch goes on from the version at which it was interrupted. A list is at least as new, so
+/// the watch first repeats changes that the list has, and ends with the newest. A list that fails is requested again.
+async fn list_namespaces<K: Resource>(
+    api: &Selection,
+    path: &str,
+    updates: &Sender<K>,
+    namespaces: BTreeSet<String>,
+    again: &NamespaceLists,
+) {
+    for namespace in namespaces {
+        let path = namespaced(path, &namespace);
+        let mut next: Option<String> = None;
+        loop {
+            match page::<K>(api, &path, next).await {
+                Ok(page) => {
+                    for item in page.items {
+                        // The caller detects a dropped receiver.
+                        let _ = updates.send(Update::Change(Change::Applied(item.into_object()))).await;
+                    }
+                    next = page.metadata.next.filter(|token| !token.is_empty());
+                    if next.is_none() {
+                        break;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%path, %error, "objects of a namespace are not listed; the list is tried again");
+                    again.request([namespace]);
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// Returns the path of a resource's objects in a namespace.
+fn namespaced(path: &str, namespace: &str) -> String {
+    let (group, plural) = path.rsplit_once('/').unwrap_or(("", path));
+    format!("{group}/namespaces/{namespace}/{plural}")
+}
+
+async fn page<K: Resource>(api: &Selection, path: &str, next: Option<String>) -> Result<Page<K>, Error> {
+    let field_selector = api.fields.clone();
+    let params =
+        ListParams { limit: Some(K::PAGE), continue_token: next, field_selector, ..ListParams::default() };
+    let request = Request::new(path).list(&params).map_err(Error::BuildRequest)?;
+    let page = timeout(PAGE_TIMEOUT, api.client.request::<Page<K>>(request)).await;
+    page.map_err(|_| Error::ReadEvents(std::io::ErrorKind::TimedOut.into()))?
+}
+
 async fn list<K: Resource>(api: &Selection, path: &str, updates: &Sender<K>) -> Result<String, ListError> {
     let mut next: Option<String> = None;
     let mut first = true;
     loop {
-        let field_selector = api.fields.clone();
-        let params = ListParams {
-            limit: Some(K::PAGE),
-            continue_token: next,
-            field_selector,
-            ..ListParams::default()
-        };
-        let request = Request::new(path).list(&params).map_err(Error::BuildRequest)?;
-        let page = timeout(PAGE_TIMEOUT, api.client.request::<Page<K>>(request)).await;
-        let page = page.map_err(|_| Error::ReadEvents(std::io::ErrorKind::TimedOut.into()))??;
+        let page = page::<K>(api, path, next).await?;
         // A failed list starts again, and sends Listing again.
         let begin = std::mem::take(&mut first).then_some(Change::Listing(K::KIND));
         let changes =
@@ -270,11 +356,11 @@ async fn list<K: Resource>(api: &Selection, path: &str, updates: &Sender<K>) -> 
     }
 }
 
-/// Watches until a list is needed. Returns `None` if the receiver was dropped.
+/// Watches from `version`, which is updated, until a list is needed. Returns `None` if the receiver was dropped.
 async fn watch_on<K: Resource>(
     api: &Selection,
     path: &str,
-    mut version: String,
+    version: &mut String,
     updates: &Sender<K>,
     pause: &mut Pause,
 ) -> Option<()> {
@@ -283,7 +369,7 @@ async fn watch_on<K: Resource>(
         // After a failure, check the definition first. Otherwise the watch would count as working until it fails again.
         let is_defined = if pause.tries > 0 { check_definition::<K>(&api.client).await } else { Ok(()) };
         let end = match is_defined {
-            Ok(()) => watch::<K>(api, path, &mut version, updates).await,
+            Ok(()) => watch::<K>(api, path, version, updates).await,
             Err(problem) => WatchEnd::Failed(problem),
         };
         let (problem, list_again) = match end {
@@ -308,7 +394,7 @@ async fn watch_on<K: Resource>(
     }
 }
 
-/// Runs one watch from `version`, which is updated.
+/// Runs one watch from `version`, which is updated. Can be dropped at any point: a version is that of a change that was sent.
 async fn watch<K: Resource>(
     api: &Selection,
     path: &str,
@@ -352,10 +438,10 @@ async fn watch<K: Resource>(
             Err(problem) => return WatchEnd::Failed(problem),
         };
         for (next, update) in batch {
-            *version = next;
             if updates.send(update).await.is_err() {
                 return WatchEnd::Unwanted;
             }
+            *version = next;
         }
         if let Some(end) = end {
             return end;

@@ -4,7 +4,7 @@
 //! never fewer policies than in the cluster. Updates of fields that are not read, for example the status, are not published.
 //!
 //! Each namespace has a share of the policies. Texts beyond the share are not parsed and not kept. When they have room again, a
-//! new list is requested.
+//! new list of the namespace is requested.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -73,8 +73,8 @@ pub(super) struct PolicyStore {
     changed: BTreeSet<String>,
     /// True if a list was completed for the first time since the last publication.
     is_new: bool,
-    /// True if policies that were not read have room now.
-    needs_list: bool,
+    /// Namespaces whose policies that were not read have room now.
+    needs_list: BTreeSet<String>,
     /// Namespaces whose policies are not applied, as logged.
     logged: BTreeMap<String, String>,
     /// Number of times that the policies of a namespace were built, for the tests.
@@ -131,7 +131,7 @@ impl PolicyStore {
             refused: 0,
             changed: BTreeSet::new(),
             is_new: true,
-            needs_list: false,
+            needs_list: BTreeSet::new(),
             logged: BTreeMap::new(),
             #[cfg(test)]
             builds: 0,
@@ -184,7 +184,9 @@ impl PolicyStore {
         let usage = known.usage();
         if known.unread > 0 || usage.excess().is_some() {
             // A list that is under way may bring them.
-            self.needs_list |= usage.excess().is_none() && self.seen.is_empty();
+            if usage.excess().is_none() && self.seen.is_empty() {
+                self.needs_list.insert(namespace.to_owned());
+            }
             return self.policies.refuse_namespace(namespace, usage);
         }
         // Istio's order: by age, then by name.
@@ -195,8 +197,8 @@ impl PolicyStore {
         self.policies.set_namespace(namespace, &objects);
     }
 
-    /// Returns true once if policies that were not read have room now, so that a list is required.
-    pub(super) fn take_needs_list(&mut self) -> bool {
+    /// Returns the namespaces, once, whose policies that were not read have room now, so that a list is required.
+    pub(super) fn take_needs_list(&mut self) -> BTreeSet<String> {
         std::mem::take(&mut self.needs_list)
     }
 

@@ -112,6 +112,55 @@ async fn policies_are_listed_and_watched() {
     assert_eq!(watched.state().last_error, None);
 }
 
+/// A namespace that goes beyond its share and comes back, again and again, used to make every agent list all policies each time.
+#[tokio::test]
+async fn a_namespace_is_listed_again_without_the_others_and_the_watch_goes_on() {
+    const IN_SHOP: &str = "/apis/security.istio.io/v1/namespaces/shop/authorizationpolicies";
+    let server = Server::start();
+    for app in ["a", "b", "c"] {
+        server.set(POLICIES, deny(&format!("deny-{app}"), app, "DENY"));
+        server.set(IN_SHOP, deny(&format!("deny-{app}"), app, "DENY"));
+    }
+    let config = Config::new(format!("http://{}", server.address()).parse().expect("a URL"));
+    let client = Client::try_from(config).expect("a client");
+    let again = Arc::new(NamespaceLists::within(Duration::from_millis(10)));
+    let (updates, mut news) = mpsc::channel(64);
+    let lists = Arc::clone(&again);
+    let watching = tokio::spawn(async move {
+        list_and_watch_again::<AuthorizationPolicies>(client, updates, &lists).await;
+    });
+    let mut applied = async |count: usize| {
+        let mut names = Vec::new();
+        while names.len() < count {
+            match timeout(DEADLINE, news.recv()).await.expect("before the deadline").expect("it goes on") {
+                Update::Change(Change::Applied(document)) => names.push(document.metadata.name),
+                Update::Change(Change::Listing(_) | Change::Listed(_)) | Update::Fresh(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        names
+    };
+    let all = ["deny-a", "deny-b", "deny-c"];
+    assert_eq!(applied(3).await, all);
+    server.watches(POLICIES, 1).await;
+    for round in 1..=3 {
+        again.request(["shop".to_owned(), "shop".to_owned()]);
+        assert_eq!(applied(3).await, all, "round {round}");
+        // What changed meanwhile comes from the watch, which goes on from its version.
+        let name = format!("deny-{round}");
+        server.set(POLICIES, deny(&name, "web", "DENY"));
+        assert_eq!(applied(1).await, [name]);
+    }
+    // A list that fails is tried again.
+    server.fail_only(Some(IN_SHOP));
+    again.request(["shop".to_owned()]);
+    server.lists_failed(IN_SHOP, 1).await;
+    server.fail_only(None);
+    assert_eq!(applied(3).await, all);
+    assert_eq!(server.lists(POLICIES), 1, "all policies are listed once");
+    watching.abort();
+}
+
 #[tokio::test]
 async fn a_server_without_v1_has_v1beta1() {
     let server = cluster(MODES_BETA, POLICIES_BETA);

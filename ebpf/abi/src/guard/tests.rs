@@ -101,7 +101,7 @@ impl GuardFacts for Facts {
     fn is_to_neighbour(&self) -> bool {
         self.to_neighbour
     }
-    fn is_answer(&self, _: &Pod, _: &Packet) -> bool {
+    fn is_answer(&self, _: &Packet) -> bool {
         self.answer
     }
     fn is_tunnel_cookie(&self, _: &Pod, _: &Packet) -> bool {

@@ -84,7 +84,7 @@ impl GuardFacts for Facts {
     fn is_to_neighbour(&self) -> bool {
         self.to_neighbour()
     }
-    fn is_answer(&self, _: &Pod, packet: &Packet) -> bool {
+    fn is_answer(&self, packet: &Packet) -> bool {
         assert_eq!(*packet, self.subject.packet);
         self.answer()
     }

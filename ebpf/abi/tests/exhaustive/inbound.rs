@@ -1,7 +1,7 @@
 //! Connections that arrive in a pod: the decision of the steering program, and then the guard's.
 
 use tacit_abi::{
-    Address, Inbound, InboundFacts, Listener, Mode, Reason, Steer, Steered, Tuple, decide_inbound,
+    Address, Inbound, InboundFacts, Listener, Mode, PodCells, Reason, Steer, Steered, Tuple, decide_inbound,
     steer_flag, tcp_port,
 };
 
@@ -15,6 +15,7 @@ use crate::{
 };
 
 const SLOT: u32 = 3;
+const MARK: u32 = 70;
 
 /// Entry of the pod with the destination address.
 #[derive(Debug, Clone, Copy)]
@@ -24,7 +25,7 @@ impl Every for Entry {
     const COUNT: usize = RawMode::COUNT << steer_flag::ALL.len();
     fn nth(index: usize) -> Self {
         let flags = subsets(&steer_flag::ALL).nth(index / RawMode::COUNT).unwrap_or_default();
-        Self(Steered { slot: SLOT, mode: RawMode::nth(index % RawMode::COUNT).0, flags, pad: 0 })
+        Self(Steered { slot: SLOT, mode: RawMode::nth(index % RawMode::COUNT).0, flags, mark: MARK })
     }
 }
 
@@ -55,8 +56,8 @@ impl InboundFacts for Facts {
         assert_eq!((slot, port), (SLOT, self.subject.port));
         self.port_mode().map(|mode| mode.0)
     }
-    fn is_node_flow(&self, slot: u32, _: &Inbound) -> bool {
-        assert_eq!(slot, SLOT);
+    fn is_node_flow(&self, pod: PodCells, _: &Inbound) -> bool {
+        assert_eq!(pod, PodCells { slot: SLOT, mark: MARK });
         self.node_flow()
     }
     fn in_mesh(&self, address: &Address) -> bool {

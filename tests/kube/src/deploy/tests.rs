@@ -278,6 +278,16 @@ fn dashboards_and_alerts_ask_for_metrics_that_exist() {
     }
 }
 
+/// What is refused and what passes in plaintext is what an operator has to see.
+#[test]
+fn the_dashboard_shows_every_refusal_verdict_and_exception() {
+    let dashboard = workspace().root().join("deploy/monitoring/dashboard.json");
+    let asked = metrics::asked_for(&fs::read_to_string(&dashboard).expect("text"));
+    for name in ["connections_refused", "kernel_verdicts", "kernel_exceptions"] {
+        assert!(asked.contains(&format!("tacit_{name}_total")), "{name}: no panel");
+    }
+}
+
 #[test]
 fn every_file_of_objects_can_be_read() {
     let root = workspace().root().join("deploy");

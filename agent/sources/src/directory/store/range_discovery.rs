@@ -182,7 +182,7 @@ impl RangeDiscovery {
     }
 
     /// Records that addresses of a pod or a service are in use.
-    fn used(&mut self, addresses: &[IpAddr]) {
+    pub(super) fn used(&mut self, addresses: &[IpAddr]) {
         for address in addresses {
             *self.in_use.entry(*address).or_default() += 1;
         }
@@ -214,9 +214,13 @@ impl RangeDiscovery {
     }
 
     /// Records a new or changed service.
-    pub(super) fn service(&mut self, name: &str, addresses: &[IpAddr], ranges: &Ranges) {
-        self.used(addresses);
-        if addresses.iter().all(|address| ranges.contains(*address)) {
+    pub(super) fn service(
+        &mut self,
+        name: &str,
+        mut addresses: impl Iterator<Item = IpAddr>,
+        ranges: &Ranges,
+    ) {
+        if addresses.all(|address| ranges.contains(address)) {
             return self.remove_service(name);
         }
         self.uncovered_services.insert(name.to_owned());

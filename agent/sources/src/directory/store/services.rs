@@ -1,7 +1,7 @@
 //! Services and their endpoint slices. A change of either rebuilds the service.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
     time::Duration,
@@ -35,7 +35,9 @@ const AFFINITY: Duration = Duration::from_secs(10_800);
 #[derive(Debug)]
 pub(super) struct ServiceRecord {
     spec: ServiceSpec,
-    status: ServiceStatus,
+    external_ips: Vec<IpAddr>,
+    /// In order, each once. Kept as addresses: there can be thousands, and each change of an endpoint builds the service anew.
+    ingress_ips: Vec<IpAddr>,
     namespace: Arc<str>,
     name: Arc<str>,
 }
@@ -100,8 +102,9 @@ impl DirectoryStore {
     pub(super) fn service(&mut self, service: Service) {
         let full = full_name(&service.metadata);
         let record = ServiceRecord {
+            external_ips: parsed(service.spec.external_ips.iter().take(EXTERNAL_MAX)),
+            ingress_ips: ingress(&service.status),
             spec: service.spec,
-            status: service.status,
             namespace: self.interner.intern(&service.metadata.namespace),
             name: service.metadata.name.into(),
         };
@@ -201,9 +204,12 @@ impl DirectoryStore {
     pub(super) fn put_service(&mut self, full: &str, service: directory::Service) {
         let known = self.directory.service_named(&service.namespace, &service.name);
         if known.is_none_or(|known| **known != service) {
-            let addresses: Vec<IpAddr> = service.all_addresses().collect();
-            self.range_discovery.service(full, &addresses, self.directory.ranges());
-            self.forget_service_addresses(full);
+            // A load balancer can have thousands of addresses, and most changes are of endpoints.
+            if !known.is_some_and(|known| known.all_addresses().eq(service.all_addresses())) {
+                self.range_discovery.used(&service.all_addresses().collect::<Vec<_>>());
+                self.forget_service_addresses(full);
+            }
+            self.range_discovery.service(full, service.all_addresses(), self.directory.ranges());
             self.directory.insert_service(service);
             self.changed = true;
         }
@@ -226,12 +232,6 @@ fn build(record: &ServiceRecord, parts: &Parts<'_>) -> directory::Service {
     let spec = &record.spec;
     let listed = spec.cluster_ips.iter().chain(&spec.cluster_ip);
     let addresses = parsed(listed.filter(|text| *text != HEADLESS));
-    let external_ips = parsed(spec.external_ips.iter().take(EXTERNAL_MAX));
-    let ingress = record.status.load_balancer.ingress.iter().take(INGRESS_MAX);
-    let served_by_nodes = ingress.filter(|ingress| ingress.ip_mode.as_deref() != Some(PROXY));
-    let mut ingress_ips: Vec<IpAddr> = parsed(served_by_nodes.filter_map(|ingress| ingress.ip.as_ref()));
-    ingress_ips.sort_unstable();
-    ingress_ips.dedup();
     // Clients of a headless service connect to endpoint addresses from DNS.
     let is_headless = addresses.is_empty();
     let tcp = spec.ports.iter().filter(|port| is_tcp(port.protocol.as_deref()));
@@ -253,23 +253,27 @@ fn build(record: &ServiceRecord, parts: &Parts<'_>) -> directory::Service {
         ports: ports.collect(),
         udp_ports: udp.map(|port| port.port).collect(),
         addresses,
-        external_ips,
-        ingress_ips,
+        external_ips: record.external_ips.clone(),
+        ingress_ips: record.ingress_ips.clone(),
         traffic: if is_local { InternalTrafficPolicy::Local } else { InternalTrafficPolicy::Cluster },
         affinity: if is_sticky { Affinity::ClientIp(time) } else { Affinity::None },
     }
 }
 
-/// Returns the addresses in a list, without those that no service has.
-fn parsed<'a>(texts: impl Iterator<Item = &'a String>) -> Vec<IpAddr> {
-    let mut addresses: Vec<IpAddr> = Vec::new();
-    let all = texts.filter_map(|text| text.parse::<IpAddr>().ok()).map(|address| address.to_canonical());
-    for address in all.filter(|address| special_address(*address).is_none()) {
-        if !addresses.contains(&address) {
-            addresses.push(address);
-        }
-    }
+/// Returns the addresses of a load balancer that nodes serve, in order.
+fn ingress(status: &ServiceStatus) -> Vec<IpAddr> {
+    let all = status.load_balancer.ingress.iter().take(INGRESS_MAX);
+    let served_by_nodes = all.filter(|ingress| ingress.ip_mode.as_deref() != Some(PROXY));
+    let mut addresses = parsed(served_by_nodes.filter_map(|ingress| ingress.ip.as_ref()));
+    addresses.sort_unstable();
     addresses
+}
+
+/// Returns the addresses in a list, each once, without those that no service has.
+fn parsed<'a>(texts: impl Iterator<Item = &'a String>) -> Vec<IpAddr> {
+    let mut seen = HashSet::new();
+    let all = texts.filter_map(|text| text.parse::<IpAddr>().ok()).map(|address| address.to_canonical());
+    all.filter(|address| special_address(*address).is_none() && seen.insert(*address)).collect()
 }
 
 /// Returns the endpoints of a slice at the named port. The port number is in the slice, because a named target port may have
