@@ -133,7 +133,7 @@ impl Proxy {
             pods: Arc::default(),
             openings: Arc::default(),
             sessions: Sessions::new(workers.count(), bounds::IDLE_SESSIONS.bounds(capacity)),
-            hbone: HboneConnections::new(workers.count()),
+            hbone: HboneConnections::new(workers.count(), bounds::HBONE_CONNECTIONS.bounds(capacity)),
             shares: Shares::new(capacity),
             telemetry,
             rechecks: Arc::default(),

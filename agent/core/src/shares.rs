@@ -234,6 +234,17 @@ pub const IDLE_SESSIONS: Share = Share {
     reason: "A session costs a socket and a few KiB here and at its peer.",
 };
 
+/// Connections that speak HBONE and carry no flow, by pod.
+pub const HBONE_CONNECTIONS: Share = Share {
+    resource: "hbone_connections",
+    counts: "connections to servers that speak HBONE, without a flow, that pods of this node keep for their next connections",
+    holder: Holder::Pod,
+    total: Total::Descriptors { sixteenths: 1, a_unit: 4, most: 2048 },
+    each: Each::Rule,
+    effect: "a connection of the pod is closed; its next connection makes a handshake",
+    reason: "A connection costs two descriptors and some KiB here. Half of a sixteenth leaves the other half to listeners and control.",
+};
+
 /// Handshakes of incoming tunnels by source address.
 pub const HANDSHAKES: Share = Share {
     resource: "handshakes",
@@ -421,6 +432,7 @@ pub const SHARES: &[Share] = &[
     SOURCE_CONNECTIONS,
     SOURCE_CONNECTIONS_AT_POD,
     IDLE_SESSIONS,
+    HBONE_CONNECTIONS,
     HANDSHAKES,
     POD_HANDSHAKES,
     OUTGOING_HANDSHAKES,
@@ -488,8 +500,10 @@ mod tests {
     #[test]
     fn sockets_and_idle_sessions_leave_descriptors_for_listeners_and_control() {
         let capacity = Capacity { descriptors: 20_000 };
-        let sockets = 2 * CONNECTIONS.bounds(capacity).total + IDLE_SESSIONS.bounds(capacity).total;
-        assert_eq!(20_000 - sockets, 1250);
+        let sockets = 2 * CONNECTIONS.bounds(capacity).total
+            + IDLE_SESSIONS.bounds(capacity).total
+            + 2 * HBONE_CONNECTIONS.bounds(capacity).total;
+        assert_eq!(20_000 - sockets, 626);
         assert_eq!(CONNECTIONS.bounds(capacity), Bounds { total: 8750, each: 5834 });
     }
 }

@@ -307,6 +307,7 @@ impl Report {
         let name = |pod| pod_name(&table, pod);
         let mut all = self.proxy.shares.usage(&name);
         all.push(self.proxy.sessions.usage().named(name));
+        all.push(self.proxy.hbone.usage().named(name));
         all.push(self.proxy.telemetry.admin_connections());
         let policies = self.proxy.snapshots.policies.current();
         let of_kernel = kernel_shares::usage(&self.kernel.maps, &table, &policies);

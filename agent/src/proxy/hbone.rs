@@ -2,43 +2,62 @@
 //!
 //! Each worker has connections of its own, behind a lock of its own: a flow and the task of its connection are on one thread. A flow takes a
 //! place on a connection of its worker. If none has room, it makes one, and the other flows of the worker to that server wait for it.
-//! If it cannot be made, each of them tries by itself.
+//! If it cannot be made, another of them tries.
+//!
+//! A flow over HBONE has one socket, and is counted as if it had two. So connections with flows are paid for by these. Those without are
+//! bounded by [`HBONE_CONNECTIONS`].
 
 use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant, SystemTime},
 };
 
-use tacit_core::directory::Workload;
+use tacit_core::{
+    directory::Workload,
+    shares::{Bounds, HBONE_CONNECTIONS, ShareUse, connections::PodId},
+};
 use tacit_tunnel::hbone::{Client, Connection, Place};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 
-use crate::proxy::{Proxy, sessions::PoolKey, shares::ConnectionPermit, workers::Workers};
+use crate::proxy::{Proxy, sessions::PoolKey, workers::Workers};
 
 /// A connection without flows is kept this long, as an idle session of `tacit/1`.
 const IDLE: Duration = tacit_core::pool::IDLE;
+/// Limit for the first SETTINGS of a server, which sends them with the end of its handshake.
+const SETTINGS_MAX: Duration = Duration::from_secs(10);
 
 /// The connections of every worker.
 pub struct HboneConnections {
+    /// Of connections without flows.
+    bounds: Bounds,
     /// One for each worker, by its index.
     workers: Vec<Mutex<Servers>>,
     /// Servers of all workers. A node without such peers takes no lock.
     known: AtomicUsize,
+    /// Connections that were closed for others.
+    displaced: AtomicU64,
 }
 
 type Servers = HashMap<PoolKey, Server>;
 
 /// A server that speaks HBONE.
 struct Server {
-    connections: Vec<Client>,
-    /// Last use by a flow.
-    used: Instant,
+    connections: Vec<Kept>,
+    /// Last search of a flow.
+    searched: Instant,
     /// Becomes true if the connection that is being made can be used.
     connecting: Option<watch::Receiver<bool>>,
+}
+
+/// A connection that flows may use.
+struct Kept {
+    client: Client,
+    /// Last time at which a flow took a place, or was seen to have one.
+    used: Instant,
 }
 
 /// Result of a search for a place.
@@ -53,7 +72,7 @@ pub enum Found {
     Unknown,
 }
 
-/// A connection that is being made. Dropped before [`Connecting::made`], those who wait try by themselves.
+/// A connection that is being made. Dropped before [`Connecting::made`], those who wait search again.
 pub struct Connecting {
     proxy: Arc<Proxy>,
     worker: usize,
@@ -71,7 +90,9 @@ impl Connecting {
 impl Drop for Connecting {
     fn drop(&mut self) {
         if let Some(server) = self.proxy.hbone.servers(self.worker).get_mut(&self.key) {
-            server.connecting = None;
+            // The server may have been forgotten meanwhile, and another connection be on its way.
+            let own = self.tell.subscribe();
+            server.connecting.take_if(|connecting| connecting.same_channel(&own));
         }
     }
 }
@@ -79,8 +100,13 @@ impl Drop for Connecting {
 impl HboneConnections {
     /// No connections of `workers` threads.
     #[must_use]
-    pub fn new(workers: usize) -> Self {
-        Self { workers: (0..workers.max(1)).map(|_| Mutex::default()).collect(), known: AtomicUsize::new(0) }
+    pub fn new(workers: usize, bounds: Bounds) -> Self {
+        Self {
+            bounds,
+            workers: (0..workers.max(1)).map(|_| Mutex::default()).collect(),
+            known: AtomicUsize::new(0),
+            displaced: AtomicU64::new(0),
+        }
     }
 
     /// Searches for a place on a connection of the calling worker, whose stream shall have a window of `window_bytes`. `is_hbone` if the
@@ -92,17 +118,20 @@ impl HboneConnections {
             return Found::Unknown;
         }
         let worker = all.own();
-        if !is_hbone && !all.is_known(worker, key) {
+        let mut servers = all.servers(worker);
+        if !is_hbone && !servers.contains_key(key) {
             return Found::Unknown;
         }
-        let mut servers = all.servers(worker);
-        let server = servers.entry(key.clone()).or_insert_with(|| {
-            all.known.fetch_add(1, Relaxed);
-            Server { connections: Vec::new(), used: Instant::now(), connecting: None }
+        let server = all.server(&mut servers, key);
+        let now = Instant::now();
+        server.searched = now;
+        // The first one that has room, so that others become idle.
+        let place = server.connections.iter_mut().find_map(|kept| {
+            let place = kept.client.place(window_bytes)?;
+            kept.used = now;
+            Some(place)
         });
-        server.used = Instant::now();
-        // The fullest comes first, so that connections that are left over become idle.
-        if let Some(place) = server.connections.iter().find_map(|client| client.place(window_bytes)) {
+        if let Some(place) = place {
             return Found::Place(place);
         }
         if let Some(connecting) = &server.connecting {
@@ -110,49 +139,95 @@ impl HboneConnections {
         }
         let (tell, told) = watch::channel(false);
         server.connecting = Some(told);
+        drop(servers);
+        all.make_room(key.pod);
         Found::Connect(Connecting { proxy: proxy.clone(), worker, key: key.clone(), tell })
     }
 
-    /// Returns true if a worker knows the server, the calling one first.
-    fn is_known(&self, worker: usize, key: &PoolKey) -> bool {
-        let others = (0..self.workers.len()).filter(|other| *other != worker);
-        std::iter::once(worker).chain(others).any(|worker| self.servers(worker).contains_key(key))
+    /// Returns the entry of a server, which is made if there is none.
+    fn server<'a>(&self, servers: &'a mut Servers, key: &PoolKey) -> &'a mut Server {
+        servers.entry(key.clone()).or_insert_with(|| {
+            self.known.fetch_add(1, Relaxed);
+            Server { connections: Vec::new(), searched: Instant::now(), connecting: None }
+        })
     }
 
     fn add(&self, worker: usize, key: &PoolKey, client: Client) {
         let mut servers = self.servers(worker);
-        let server = servers.entry(key.clone()).or_insert_with(|| {
-            self.known.fetch_add(1, Relaxed);
-            Server { connections: Vec::new(), used: Instant::now(), connecting: None }
-        });
-        server.connections.retain(Client::is_open);
-        server.connections.push(client);
+        let server = self.server(&mut servers, key);
+        server.connections.retain(|kept| kept.client.is_open());
+        server.connections.push(Kept { client, used: Instant::now() });
+    }
+
+    /// Closes connections without flows, those that are idle for the longest time first, until the pod and the node have room for one more.
+    fn make_room(&self, pod: PodId) {
+        let Bounds { total, each } = self.bounds;
+        let mut idle = self.idle();
+        idle.sort_by_key(|(.., used)| *used);
+        let mut own = idle.iter().filter(|(owner, ..)| *owner == pod).count() as u64;
+        let mut all = idle.len() as u64;
+        for (owner, client, _) in idle {
+            let is_own = owner == pod;
+            if (own >= each && is_own) || all >= total {
+                client.close();
+                self.displaced.fetch_add(1, Relaxed);
+                own -= u64::from(is_own);
+                all -= 1;
+            }
+        }
+    }
+
+    /// Returns the connections without flows, with their pods and last uses.
+    fn idle(&self) -> Vec<(PodId, Client, Instant)> {
+        let mut idle = Vec::new();
+        for worker in 0..self.workers.len() {
+            for (key, server) in self.servers(worker).iter() {
+                let unused =
+                    server.connections.iter().filter(|kept| !kept.client.is_used() && kept.client.is_open());
+                idle.extend(unused.map(|kept| (key.pod, kept.client.clone(), kept.used)));
+            }
+        }
+        idle
     }
 
     /// Forgets a server that does not speak HBONE any more.
     pub fn forget(&self, key: &PoolKey) {
-        self.close_where(|known, _| known == key);
+        for worker in 0..self.workers.len() {
+            if let Some(server) = self.servers(worker).remove(key) {
+                self.known.fetch_sub(1, Relaxed);
+                close(server);
+            }
+        }
     }
 
     /// Has the flows to a server that does not answer open on new connections.
     pub fn close_to(&self, key: &PoolKey) {
-        self.for_each(|known, server| {
-            if known == key {
-                close(server.connections.drain(..));
+        for worker in 0..self.workers.len() {
+            if let Some(server) = self.servers(worker).get_mut(key) {
+                server.connections.drain(..).for_each(|kept| kept.client.close());
             }
-            true
-        });
+        }
     }
 
     /// Closes connections that were idle too long, and connections of network namespaces for which `is_enrolled(cgroup, cookie)` is false.
     /// Flows that are open go on.
     pub fn close_unused(&self, is_enrolled: impl Fn(u64, u64) -> bool) {
-        let now = Instant::now();
-        self.close_where(|key, server| {
-            if server.connections.iter().any(Client::is_used) || server.connecting.is_some() {
-                server.used = now;
-            }
-            now.duration_since(server.used) >= IDLE || !is_enrolled(key.pod, key.netns)
+        let (now, today) = (Instant::now(), SystemTime::now());
+        self.retain(|key, server| {
+            let is_enrolled = is_enrolled(key.pod, key.netns);
+            server.connections.retain_mut(|kept| {
+                if kept.client.is_used() {
+                    kept.used = now;
+                }
+                let is_current =
+                    now.duration_since(kept.used) < IDLE && kept.client.peer().not_after() > today;
+                if !is_enrolled || !is_current {
+                    kept.client.close();
+                }
+                kept.client.is_open()
+            });
+            let is_wanted = now.duration_since(server.searched) < IDLE || server.connecting.is_some();
+            is_enrolled && (is_wanted || !server.connections.is_empty())
         });
     }
 
@@ -160,42 +235,38 @@ impl HboneConnections {
     /// domain.
     pub fn close_untrusted(&self) {
         let now = SystemTime::now();
-        self.for_each(|_, server| {
-            close(server.connections.extract_if(.., |client| client.peer().chain().check(now).is_err()));
+        self.retain(|_, server| {
+            server.connections.retain(|kept| {
+                let is_trusted = kept.client.peer().chain().check(now).is_ok();
+                if !is_trusted {
+                    kept.client.close();
+                }
+                is_trusted
+            });
             true
         });
     }
 
-    /// Has no more flows open on any connection.
-    pub fn close_all(&self) {
-        self.close_where(|_, _| true);
-    }
-
-    /// Returns the number of open connections of the node.
+    /// Returns the use by pod of connections without flows.
     #[must_use]
-    pub fn count(&self) -> usize {
-        (0..self.workers.len())
-            .map(|worker| self.servers(worker).values().map(|server| server.connections.len()).sum::<usize>())
-            .sum()
+    pub fn usage(&self) -> ShareUse<PodId> {
+        let mut held: HashMap<PodId, u64> = HashMap::new();
+        self.idle().iter().for_each(|(pod, ..)| *held.entry(*pod).or_default() += 1);
+        ShareUse {
+            resource: HBONE_CONNECTIONS.resource,
+            bounds: self.bounds,
+            used: held.values().sum(),
+            fullest: held.into_iter().max_by_key(|(_, units)| *units),
+            refused: self.displaced.load(Relaxed),
+        }
     }
 
-    fn close_where(&self, is_over: impl Fn(&PoolKey, &mut Server) -> bool) {
-        self.for_each(|key, server| {
-            let is_over = is_over(key, server);
-            if is_over {
-                close(server.connections.drain(..));
-            }
-            !is_over
-        });
-    }
-
-    /// Keeps the servers for which `keep` is true.
-    fn for_each(&self, keep: impl Fn(&PoolKey, &mut Server) -> bool) {
+    /// Keeps the servers for which `keep` is true, and closes the connections of the others.
+    fn retain(&self, keep: impl Fn(&PoolKey, &mut Server) -> bool) {
         for worker in 0..self.workers.len() {
-            let mut servers = self.servers(worker);
-            let before = servers.len();
-            servers.retain(|key, server| keep(key, server));
-            self.known.fetch_sub(before - servers.len(), Relaxed);
+            let removed: Vec<_> = self.servers(worker).extract_if(|key, server| !keep(key, server)).collect();
+            self.known.fetch_sub(removed.len(), Relaxed);
+            removed.into_iter().for_each(|(_, server)| close(server));
         }
     }
 
@@ -209,18 +280,16 @@ impl HboneConnections {
     }
 }
 
-/// A connection ends after its last flow. Its task makes the system calls, so a lock may be held.
-fn close(clients: impl Iterator<Item = Client>) {
-    clients.for_each(|client| client.close());
+/// Has the connections of a server end after their last flows.
+fn close(server: Server) {
+    server.connections.into_iter().for_each(|kept| kept.client.close());
 }
 
 /// Starts the task of a connection on this thread. The flows of this worker may use it when the server has sent its SETTINGS.
-/// `permit` counts the connection.
 pub fn start(
     proxy: &Arc<Proxy>,
     key: &PoolKey,
     (client, connection): (Client, Connection),
-    permit: ConnectionPermit,
     connecting: Option<Connecting>,
 ) {
     let (run, key) = (proxy.clone(), key.clone());
@@ -231,7 +300,6 @@ pub fn start(
             () = keep(run, worker, key, client, connection, connecting) => {}
             () = cut.cancelled() => {}
         }
-        drop(permit);
     });
 }
 
@@ -244,10 +312,19 @@ async fn keep(
     connecting: Option<Connecting>,
 ) {
     let peer = client.peer().clone();
-    if let Err(error) = connection.settled().await {
-        return tracing::debug!(peer = %peer.identity(), %error, "connection ended");
+    let log = |error: &dyn std::fmt::Display| {
+        tracing::debug!(peer = %peer.identity(), %error, "connection ended");
+    };
+    match timeout(SETTINGS_MAX, connection.settled()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => return log(&error),
+        Err(_) => return log(&"no SETTINGS of the server"),
     }
-    if !proxy.drain.stop.is_cancelled() {
+    // What is left of it here would keep the connection.
+    if proxy.drain.stop.is_cancelled() || client.streams_max() == 0 {
+        client.close();
+        drop((client, connecting));
+    } else {
         proxy.hbone.add(worker, &key, client);
         if let Some(connecting) = connecting {
             connecting.made();
@@ -263,14 +340,11 @@ async fn keep(
             }
         }
     };
-    proxy.hbone.for_each(|known, server| {
-        if *known == key {
-            server.connections.retain(Client::is_open);
-        }
-        true
-    });
+    if let Some(server) = proxy.hbone.servers(worker).get_mut(&key) {
+        server.connections.retain(|kept| kept.client.is_open());
+    }
     if let Err(error) = ended {
-        tracing::debug!(peer = %peer.identity(), %error, "connection ended");
+        log(&error);
     }
 }
 

@@ -1,17 +1,18 @@
 //! Flows to servers that speak HBONE, such as pods of Istio ambient: each is a stream of a connection that the pod has to the server, or
 //! of a new one.
 
-use std::{future::Future, io, pin::pin, sync::Arc};
+use std::{future::Future, io, pin::pin, sync::Arc, time::Duration};
 
 use tacit_core::{
     refusal::{Refusal, RefusalReason},
-    shares::connections::Connection,
     wire::open::Open,
 };
 use tacit_tunnel::{
     Outgoing,
     hbone::{Asked, Connect, Connected, FlowStream, OpenError, Place},
 };
+
+use tokio::time::{Instant, timeout_at};
 
 use crate::{
     enrol::Pod,
@@ -24,6 +25,8 @@ use crate::{
 
 /// Connections of the pool that are tried for one flow.
 const TRIES: usize = 3;
+/// Connections of other flows that may fail before a flow makes its own, whoever else makes one.
+const FAILURES_MAX: usize = 1;
 
 /// A flow that the server has accepted.
 pub(super) struct Stream {
@@ -46,42 +49,51 @@ pub(super) struct Fresh {
     pub(super) connecting: Option<Connecting>,
     /// The flow was asked for on a connection whose peer is silent.
     pub(super) silent: Option<(Box<Asked>, Place)>,
-    /// The server is known to speak HBONE.
+    /// The server is known to speak HBONE, or the directory says so.
     pub(super) is_hbone: bool,
 }
 
 /// Opens the flow on a connection that the pod has to the server, if the server is known to speak HBONE. `is_hbone` if the directory says
-/// so.
+/// so. Waits at most `limit` for connections that other flows make.
 ///
 /// # Errors
-/// The refusal of the server.
+/// The refusal of the server, or the end of the time.
 pub(super) async fn on_existing(
     path: &Arc<Proxy>,
     pod: &Pod,
     key: &PoolKey,
     open: &Open,
-    is_hbone: bool,
+    (is_hbone, limit): (bool, Duration),
 ) -> Result<Tried, Refusal> {
-    let mut tries = 0;
+    let deadline = Instant::now() + limit;
+    let fresh = |connecting, silent| Ok(Tried::Fresh(Fresh { connecting, silent, is_hbone: true }));
+    let (mut tries, mut failures, mut silent) = (0, 0, None);
     loop {
         let window_bytes = path.shares.stream_window_bytes(pod.cgroup);
         match HboneConnections::find(path, key, window_bytes, is_hbone) {
             Found::Unknown => return Ok(Tried::Fresh(Fresh::default())),
-            Found::Connect(connecting) => {
-                return Ok(Tried::Fresh(Fresh { connecting: Some(connecting), ..fresh() }));
-            }
-            Found::Wait(mut told) => {
-                if told.wait_for(|is_made| *is_made).await.is_err() {
-                    return Ok(Tried::Fresh(fresh()));
+            Found::Connect(connecting) => return fresh(Some(connecting), silent),
+            // Whatever that flow gets, this one has to ask on the silent connection first.
+            Found::Wait(_) if silent.is_some() => return fresh(None, silent),
+            Found::Wait(mut told) => match timeout_at(deadline, told.wait_for(|is_made| *is_made)).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(_)) if failures < FAILURES_MAX => failures += 1,
+                Ok(Err(_)) => return fresh(None, None),
+                Err(_) => {
+                    let detail = format!("{}: no connection within {limit:?}", key.identity);
+                    let refusal = Refusal::new(RefusalReason::PeerUnreachable, detail);
+                    return Err(refusal.because_of(&io::ErrorKind::TimedOut.into()));
                 }
-            }
+            },
+            Found::Place(_) if silent.is_some() || tries == TRIES => return fresh(None, silent),
             Found::Place(place) => {
                 tries += 1;
                 let answer = match ask(pod, &place, open).await {
                     Ok(mut asked) => match asked.acknowledged().await {
                         Err(OpenError::Silent) => {
                             path.hbone.close_to(key);
-                            return Ok(Tried::Fresh(Fresh { silent: Some((asked, place)), ..fresh() }));
+                            silent = Some((asked, place));
+                            continue;
                         }
                         answer => answer,
                     },
@@ -89,11 +101,8 @@ pub(super) async fn on_existing(
                 };
                 match answer {
                     Ok(stream) => return Ok(Tried::Accepted(Box::new(Stream { stream, place }))),
-                    Err(OpenError::Stale(error)) => {
-                        tracing::debug!(%error, "a connection of the pool has ended");
-                        if tries == TRIES {
-                            return Ok(Tried::Fresh(fresh()));
-                        }
+                    Err(error) if error.is_of_connection() => {
+                        tracing::debug!(%error, "another connection is tried");
                     }
                     Err(error) => return Err(refused(key, error)),
                 }
@@ -102,14 +111,10 @@ pub(super) async fn on_existing(
     }
 }
 
-fn fresh() -> Fresh {
-    Fresh { is_hbone: true, ..Fresh::default() }
-}
-
 /// Result of the wait for a silent connection and for a new one.
 pub(super) enum Raced {
-    /// The peer of the silent connection has the request.
-    Answered(Result<Box<Stream>, Refusal>),
+    /// The peer of the silent connection has the request. The new connection is not needed.
+    Answered { answer: Result<Box<Stream>, Refusal>, spare: Option<Outgoing> },
     /// The new connection.
     Fresh(Result<Outgoing, Refusal>),
 }
@@ -125,14 +130,14 @@ pub(super) async fn raced(
     let mut connect = pin!(connect);
     let is_dead =
         |answer: &Result<_, OpenError>| matches!(answer, Err(OpenError::Silent | OpenError::Stale(_)));
-    let answered = |answer: Result<FlowStream, OpenError>| {
+    let answered = |answer: Result<FlowStream, OpenError>, spare| {
         let answer = answer.map_err(|error| refused(key, error));
-        Raced::Answered(answer.map(|stream| Box::new(Stream { stream, place })))
+        Raced::Answered { answer: answer.map(|stream| Box::new(Stream { stream, place })), spare }
     };
     let connected = tokio::select! {
         biased;
         answer = asked.answered() => {
-            return if is_dead(&answer) { Raced::Fresh(connect.await) } else { answered(answer) };
+            return if is_dead(&answer) { Raced::Fresh(connect.await) } else { answered(answer, None) };
         }
         connected = &mut connect => connected,
     };
@@ -140,7 +145,7 @@ pub(super) async fn raced(
         return Raced::Fresh(connected);
     }
     let answer = asked.answered_if_received().await;
-    if is_dead(&answer) { Raced::Fresh(connected) } else { answered(answer) }
+    if is_dead(&answer) { Raced::Fresh(connected) } else { answered(answer, connected.ok()) }
 }
 
 /// Opens the flow on a new connection.
@@ -155,7 +160,6 @@ pub(super) async fn on_new(
     connected: Connected,
     connecting: Option<Connecting>,
 ) -> Result<Box<Stream>, Refusal> {
-    let permit = path.shares.connection(Connection { pod: pod.cgroup, source: None })?;
     let window_bytes = path.shares.stream_window_bytes(pod.cgroup);
     let begun = connected.begin(window_bytes).await.map_err(|error| Refusal::new(error.reason(), error))?;
     let Some(place) = begun.0.place(window_bytes) else {
@@ -164,7 +168,7 @@ pub(super) async fn on_new(
             "the server's certificate has expired, or was revoked after the handshake",
         ));
     };
-    hbone::start(path, key, begun, permit, connecting);
+    hbone::start(path, key, begun, connecting);
     let mut asked = ask(pod, &place, open).await.map_err(|error| refused(key, error))?;
     let mut answer = asked.acknowledged().await;
     if matches!(answer, Err(OpenError::Silent)) {
@@ -172,6 +176,20 @@ pub(super) async fn on_new(
     }
     let stream = answer.map_err(|error| refused(key, error))?;
     Ok(Box::new(Stream { stream, place }))
+}
+
+/// Keeps a connection for the next flows.
+pub(super) async fn keep(
+    path: &Arc<Proxy>,
+    pod: &Pod,
+    key: &PoolKey,
+    connected: Connected,
+    connecting: Option<Connecting>,
+) {
+    match connected.begin(path.shares.stream_window_bytes(pod.cgroup)).await {
+        Ok(begun) => hbone::start(path, key, begun, connecting),
+        Err(error) => tracing::debug!(%error, "connection ended"),
+    }
 }
 
 async fn ask(pod: &Pod, place: &Place, open: &Open) -> Result<Box<Asked>, OpenError> {

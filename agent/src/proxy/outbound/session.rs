@@ -82,10 +82,11 @@ pub(super) async fn tunnel(
     };
     let open =
         Open { destination, client: source, trace: random_trace_id(), optimistic_data: OptimisticMode::Off };
-    let carrier = match Box::pin(hbone::on_existing(path, pod, &key, &open, is_hbone)).await? {
-        Tried::Accepted(stream) => Carrier::Stream(stream),
-        Tried::Fresh(fresh) => Box::pin(opened(path, pod, &own, &key, &open, attempt, fresh)).await?,
-    };
+    let carrier =
+        match Box::pin(hbone::on_existing(path, pod, &key, &open, (is_hbone, attempt.limit))).await? {
+            Tried::Accepted(stream) => Carrier::Stream(stream),
+            Tried::Fresh(fresh) => Box::pin(opened(path, pod, &own, &key, &open, attempt, fresh)).await?,
+        };
     let (peer, tls) = carrier.peer();
     let ends = path.ends(Reporter::Source, addresses, Some(identity), Some(peer.clone()));
     let spec = FlowSpec { ends, security: security(tls), trace: open.trace.0 };
@@ -100,7 +101,7 @@ async fn opened(
     key: &PoolKey,
     open: &Open,
     attempt: Attempt<'_>,
-    need: Fresh,
+    mut need: Fresh,
 ) -> Result<Carrier, Refusal> {
     // Only `connect: early` asks.
     let may_lose_data = attempt.optimistic.is_some() && path.is_untunnelled(open.destination.ip());
@@ -108,10 +109,12 @@ async fn opened(
     // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it were taken: the
     // destination may have read those, so they are not sent twice.
     let mut silent = None;
-    while !need.is_hbone
-        && silent.is_none()
+    while silent.is_none()
+        && need.silent.is_none()
         && let Some(mut session) = path.sessions.take(key)
     {
+        // The server speaks `tacit/1`: nobody waits for an answer that is not theirs.
+        need.connecting = None;
         let opened = session.open(open, optimistic.as_mut()).await;
         let taken_bytes = taken_bytes(&optimistic);
         match opened {
@@ -132,7 +135,12 @@ async fn opened(
         (None, None) => fresh.await?,
         (None, Some(silent)) => match hbone::raced(key, silent, fresh).await {
             hbone::Raced::Fresh(outgoing) => outgoing?,
-            hbone::Raced::Answered(stream) => return stream.map(Carrier::Stream),
+            hbone::Raced::Answered { answer, spare } => {
+                if let Some(Outgoing::Hbone(spare)) = spare {
+                    hbone::keep(path, pod, key, *spare, need.connecting).await;
+                }
+                return answer.map(Carrier::Stream);
+            }
         },
         (Some(silent), _) => match raced(silent, fresh).await {
             Raced::Fresh(outgoing) => outgoing?,
@@ -152,6 +160,7 @@ async fn opened(
         }
     };
     if need.is_hbone {
+        need.connecting = None;
         path.hbone.forget(key);
     }
     let mut opened = session.open(open, optimistic.as_mut()).await;

@@ -65,6 +65,8 @@ impl Connected {
             .data_frame_budget(FRAMES_BUDGET_BYTES)
             .initial_max_send_streams(LIMIT_UNKNOWN)
             .max_concurrent_reset_streams(RESETS_KEPT)
+            // What arrives for streams that are forgotten costs a reset, and no other flow of the pod.
+            .max_local_error_reset_streams(None)
             .reset_stream_duration(RESETS_KEPT_FOR)
             .max_frame_size(FRAME_MAX_BYTES)
             .max_header_list_size(FIELDS_MAX_BYTES)
@@ -139,7 +141,11 @@ impl Connection {
             self.state.is_closed.store(true, Relaxed);
             return Poll::Ready(ended.map_err(|error| self.peer.failure(error)));
         }
-        let announce = |bytes| self.connection.set_initial_window_size(bytes).is_ok();
+        let announce = |bytes| {
+            // It leaves with the next turn.
+            cx.waker().wake_by_ref();
+            self.connection.set_initial_window_size(bytes).is_ok()
+        };
         if !self.window.set(self.state.window_bytes.load(Relaxed), announce) {
             // A new connection has the smaller window from its begin.
             self.state.is_closed.store(true, Relaxed);
@@ -169,17 +175,23 @@ impl Client {
     /// or is of a certificate that has expired or is revoked.
     #[must_use]
     pub fn place(&self, window_bytes: u32) -> Option<Place> {
-        let Self { send, peer, state } = self;
+        let Self { peer, state, .. } = self;
         let now = SystemTime::now();
         if !self.is_open() || peer.not_after() <= now || peer.chain().check(now).is_err() {
             return None;
         }
-        let most = send.current_max_send_streams().min(CLIENT_STREAMS_MAX);
+        let most = self.streams_max();
         let taken = |streams| (streams < most).then_some(streams + 1);
         state.streams.fetch_update(Relaxed, Relaxed, taken).ok()?;
         // The task reads it when it sends the request.
         state.window_bytes.store(window_bytes, Relaxed);
         Some(Place { client: self.clone() })
+    }
+
+    /// Returns the number of flows that the connection carries at a time, as far as is known.
+    #[must_use]
+    pub fn streams_max(&self) -> usize {
+        self.send.current_max_send_streams().min(CLIENT_STREAMS_MAX)
     }
 
     /// Returns false if no more flows can be opened.
@@ -199,16 +211,13 @@ impl Client {
         self.state.is_closed.store(true, Relaxed);
     }
 
-    /// Marks the connection as ended.
-    fn stale(&self, error: h2::Error) -> OpenError {
+    /// Marks the connection as ended, before it has processed a request.
+    fn ended(&self, error: h2::Error) -> OpenError {
         self.close();
+        if error.is_go_away() && error.is_remote() {
+            return OpenError::Draining;
+        }
         OpenError::Stale(self.peer.failure(error))
-    }
-
-    /// Returns true if both are of the same connection.
-    #[must_use]
-    pub fn is_same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.state, &other.state)
     }
 }
 
@@ -229,7 +238,13 @@ pub enum OpenError {
     /// The server has refused the flow.
     #[error("its agent answered {0}")]
     Refused(StatusCode),
-    /// The server has not processed the request, or the connection ended before the answer. The flow may be tried on a new connection.
+    /// The server takes no more flows on this connection, and has not processed the request. Another connection may.
+    #[error("its agent is draining")]
+    Draining,
+    /// The server has not processed the request, because the connection has its limit of streams. Another connection may.
+    #[error("its agent takes no more flows on the connection")]
+    Full,
+    /// The connection ended before the answer. The flow may be tried on a new connection.
     #[error("the connection ended before its agent answered: {0}")]
     Stale(#[source] TunnelError),
     /// The server has reset the stream before an answer.
@@ -244,12 +259,20 @@ pub enum OpenError {
 }
 
 impl OpenError {
+    /// Returns true if another connection may open the flow.
+    #[must_use]
+    pub fn is_of_connection(&self) -> bool {
+        matches!(self, Self::Draining | Self::Full | Self::Stale(_))
+    }
+
     /// Returns the reason for which the connection is refused.
     #[must_use]
     pub fn reason(&self) -> RefusalReason {
         match self {
             Self::Refused(status) => refused(*status),
-            Self::Stale(_) => RefusalReason::Stale,
+            Self::Draining => RefusalReason::Draining,
+            Self::Full => RefusalReason::Overloaded,
+            Self::Stale(error) => error.reason(),
             Self::Reset(_) => RefusalReason::Internal,
             Self::Silent => RefusalReason::PeerUnreachable,
             Self::Tunnel(error) => error.reason(),
@@ -288,9 +311,9 @@ impl Place {
     /// [`OpenError::Stale`].
     pub async fn ask(&self, connect: &Connect, baggage: &str) -> Result<Asked, OpenError> {
         let client = &self.client;
-        let mut send = client.send.clone().ready().await.map_err(|error| client.stale(error))?;
+        let mut send = client.send.clone().ready().await.map_err(|error| client.ended(error))?;
         let (response, send) =
-            send.send_request(connect.request(baggage), false).map_err(|error| client.stale(error))?;
+            send.send_request(connect.request(baggage), false).map_err(|error| client.ended(error))?;
         Ok(Asked { response, send: Some(send), client: client.clone() })
     }
 }
@@ -356,10 +379,10 @@ impl Asked {
                 Ok(FlowStream::new(send, Received::new(response.into_body()), self.client.peer.clone()))
             }
             Ok(response) => Err(OpenError::Refused(response.status())),
-            // The server takes no more streams, and has not processed this one.
-            Err(error) if error.is_go_away() => Err(self.client.stale(error)),
-            Err(error) if error.reason() == Some(Reason::REFUSED_STREAM) => {
-                Err(OpenError::Stale(error.into()))
+            // The agent's own GOAWAY says nothing about the request.
+            Err(error) if error.is_go_away() && error.is_remote() => Err(self.client.ended(error)),
+            Err(error) if error.is_remote() && error.reason() == Some(Reason::REFUSED_STREAM) => {
+                Err(OpenError::Full)
             }
             Err(error) if error.is_reset() => {
                 Err(OpenError::Reset(error.reason().unwrap_or(Reason::INTERNAL_ERROR)))
