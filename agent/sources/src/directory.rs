@@ -14,10 +14,12 @@ use crate::{
     reload::Opening,
 };
 
+mod announce;
 mod cgroup;
 mod objects;
 mod store;
 
+pub use announce::{Announce, AnnounceState, Announcer, Serving};
 pub use cgroup::CgroupLayout;
 use objects::{Namespace, Node, Pod, Service, ServiceCidr, Slice};
 use store::DirectoryStore;
@@ -25,6 +27,8 @@ use store::DirectoryStore;
 /// Access to the API, and the label that enrols pods.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Options {
+    /// The readers for which the pods of the node are announced.
+    pub announce: Announce,
     /// The label that enrols a pod.
     pub enrol_label: EnrolLabel,
     /// A kubeconfig file. `None` uses the credentials of the agent's own pod.
@@ -65,20 +69,31 @@ pub struct LocalNode {
     pub ranges: Arc<Ranges>,
 }
 
-/// Starts to watch the API.
+/// Starts to watch the API. Returns the announcer if the options ask for announcements.
 ///
 /// # Errors
 /// [`KubernetesError`]. An API that does not answer is not an error.
-pub async fn open(options: &Options, local_node: LocalNode) -> Result<Opening<Directory>, KubernetesError> {
-    start(access(options.kubeconfig.as_deref()).await?, options.enrol_label.clone(), local_node)
+pub async fn open(
+    options: &Options,
+    local_node: LocalNode,
+) -> Result<(Opening<Directory>, Option<Announcer>), KubernetesError> {
+    start(access(options.kubeconfig.as_deref()).await?, options, local_node)
 }
 
 fn start(
     config: Config,
-    enrol: EnrolLabel,
+    options: &Options,
     local_node: LocalNode,
-) -> Result<Opening<Directory>, KubernetesError> {
-    kubernetes::start(config, DirectoryStore::new(enrol, local_node), watch_tasks)
+) -> Result<(Opening<Directory>, Option<Announcer>), KubernetesError> {
+    let mut store = DirectoryStore::new(options.enrol_label.clone(), local_node);
+    let announcer = match options.announce {
+        Announce::None => None,
+        Announce::Ambient => {
+            let announcer = Announcer::new(config.clone(), store.follow_own_pods());
+            Some(announcer.map_err(|error| KubernetesError::Client(Box::new(error)))?)
+        }
+    };
+    Ok((kubernetes::start(config, store, watch_tasks)?, announcer))
 }
 
 fn watch_tasks(client: Client, news: Sender<DirectoryStore>) -> WatchTasks {

@@ -24,7 +24,7 @@ mod watcher;
 pub(crate) use reflector::{InvalidObjects, ObjectStore, Sender, WatchTasks, start};
 pub(crate) use reported::{Problem, reported};
 pub(crate) use watcher::{
-    Change, Definition, KindName, Resource, Update, list_and_watch, list_and_watch_again, random,
+    Change, Definition, KindName, Pause, Resource, Update, list_and_watch, list_and_watch_again, random,
 };
 
 /// The reason why the API cannot be used.

@@ -11,20 +11,24 @@ use std::{
 };
 
 use tacit_core::directory::{Directory, Protocol, Workload};
+use tokio::sync::watch;
 
 use super::{
     EnrolLabel, LocalNode,
+    announce::OwnPod,
     objects::{Meta, Object, ResourceKind},
 };
 use crate::kubernetes::{self, InvalidObjects};
 
 mod interner;
+mod own_pods;
 mod pods;
 mod problems;
 mod range_discovery;
 mod services;
 
 use interner::Interner;
+use own_pods::OwnPods;
 use pods::Mirror;
 use problems::Problems;
 use range_discovery::RangeDiscovery;
@@ -63,6 +67,8 @@ pub(super) struct DirectoryStore {
     mirrors: HashMap<String, Mirror>,
     /// Pods that a ztunnel serves, as istio-cni notes on them.
     redirected: HashSet<String>,
+    /// Pods of this node for the announcer; `None` without one.
+    own_pods: Option<OwnPods>,
     problems: Problems,
     changed: bool,
 }
@@ -87,9 +93,17 @@ impl DirectoryStore {
             zone: None,
             mirrors: HashMap::new(),
             redirected: HashSet::new(),
+            own_pods: None,
             problems: Problems::default(),
             changed: true,
         }
+    }
+
+    /// Returns the pods of this node for the announcer, now and later. Pods that were applied before are not among them.
+    pub(super) fn follow_own_pods(&mut self) -> watch::Receiver<Arc<Vec<OwnPod>>> {
+        let (own_pods, receiver) = OwnPods::new();
+        self.own_pods = Some(own_pods);
+        receiver
     }
 
     fn apply(&mut self, object: Object) {
@@ -226,6 +240,9 @@ impl kubernetes::ObjectStore for DirectoryStore {
     fn take_changed(&mut self) -> Option<Directory> {
         if self.listed.len() < ResourceKind::ALL.len() {
             return None;
+        }
+        if let Some(own_pods) = &mut self.own_pods {
+            own_pods.publish(&self.directory, self.changed);
         }
         // Publish a new range together with the pod or service that requires it.
         self.changed |= self.range_discovery.update(&mut self.directory);

@@ -406,13 +406,13 @@ struct PageMeta {
 
 /// Exponential backoff.
 #[derive(Debug, Default)]
-struct Pause {
+pub(crate) struct Pause {
     tries: u32,
 }
 
 impl Pause {
     /// Returns the next pause. Doubles each time; `random` subtracts up to a half.
-    fn next(&mut self, random: u64) -> Duration {
+    pub(crate) fn next(&mut self, random: u64) -> Duration {
         let full = PAUSE_FIRST.saturating_mul(1 << self.tries.min(16)).min(PAUSE_MAX);
         self.tries = self.tries.saturating_add(1);
         shortened(full, random)
