@@ -10,7 +10,7 @@ use tacit_core::{
     policy::Policies,
 };
 use tacit_sources::{
-    directory::{CgroupLayout, LocalNode},
+    directory::{Announcer, CgroupLayout, LocalNode},
     kubernetes::KubernetesError,
     reload::{Opening, ReloadState, Watched},
 };
@@ -26,12 +26,18 @@ use crate::{
 pub(super) struct Sources {
     directory: Opening<Directory>,
     policies: Opening<Policies>,
+    announcer: Option<Announcer>,
 }
 
 impl Sources {
     pub(super) async fn open(config: &Config, pods_cgroup: &Path) -> Result<Self, AppError> {
-        let directory = open_directory(config, pods_cgroup).await?;
-        Ok(Self { directory, policies: open_policies(config).await? })
+        let (directory, announcer) = open_directory(config, pods_cgroup).await?;
+        Ok(Self { directory, policies: open_policies(config).await?, announcer })
+    }
+
+    /// Takes the announcer, which is not there twice. `None` if nothing is to be announced.
+    pub(super) fn take_announcer(&mut self) -> Option<Announcer> {
+        self.announcer.take()
     }
 
     /// Returns the state of each source, for the operator.
@@ -51,7 +57,10 @@ impl Sources {
 }
 
 /// The directory. It is used once it is complete: what an earlier agent left for pods that are not in it would be removed.
-async fn open_directory(config: &Config, pods_cgroup: &Path) -> Result<Opening<Directory>, AppError> {
+async fn open_directory(
+    config: &Config,
+    pods_cgroup: &Path,
+) -> Result<(Opening<Directory>, Option<Announcer>), AppError> {
     let domain = config.trust_domain.clone();
     let ranges = Arc::new(Ranges::configured(&config.captured_ranges()));
     match &config.directory {
@@ -66,7 +75,7 @@ async fn open_directory(config: &Config, pods_cgroup: &Path) -> Result<Opening<D
                 }
                 Ok(known.within(Arc::clone(&last)))
             };
-            Ok(Watched::open(file, parse)?.into())
+            Ok((Watched::open(file, parse)?.into(), None))
         }
         Source::Kubernetes(options) => {
             let local_node = LocalNode {

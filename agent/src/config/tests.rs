@@ -1,6 +1,7 @@
 //! Tests of `tacit.yaml`: what is accepted, every mistake, and that the published schema says the same.
 
 use serde_json::Value as Json;
+use tacit_sources::directory::Announce;
 
 use super::*;
 
@@ -368,9 +369,10 @@ fn the_directory_can_come_from_kubernetes_and_the_node_from_the_environment() {
     assert_eq!(&*config.node, "worker-1.example");
     assert_eq!(options(config), DirectoryOptions::default());
     assert_eq!(DirectoryOptions::default().enrol_label.to_string(), "tacit.io/enrol=true");
-    let ambient = "{kubernetes: {enrolLabel: istio.io/dataplane-mode=ambient, kubeconfig: admin.conf}}";
+    let ambient = "{kubernetes: {announce: ambient, enrolLabel: istio.io/dataplane-mode=ambient, kubeconfig: admin.conf}}";
     let ambient = options(parse(ambient, Some("a")).expect("valid"));
     assert_eq!(ambient.enrol_label.to_string(), "istio.io/dataplane-mode=ambient");
+    assert_eq!((DirectoryOptions::default().announce, ambient.announce), (Announce::None, Announce::Ambient));
     assert_eq!(ambient.kubeconfig.as_deref(), Some(Path::new("/etc/tacit/admin.conf")));
     for (directory, node, problem) in [
         (
@@ -388,7 +390,12 @@ fn the_directory_can_come_from_kubernetes_and_the_node_from_the_environment() {
         (
             "{kubernetes: {label: x}}",
             Some("a"),
-            "directory.kubernetes.label: unknown field: known here: enrolLabel, kubeconfig",
+            "directory.kubernetes.label: unknown field: known here: announce, enrolLabel, kubeconfig",
+        ),
+        (
+            "{kubernetes: {announce: istio}}",
+            Some("a"),
+            "directory.kubernetes.announce: \"istio\": no reader of announcements: write none or ambient",
         ),
         (
             "{kubernetes: {enrolLabel: tacit.io/enrol}}",

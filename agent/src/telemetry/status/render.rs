@@ -1,8 +1,8 @@
 //! A status as text for a terminal. Colour repeats what the words say, it never says it alone.
 
 use super::{
-    AgentState, CertificateStatus, CniStatus, HookProgramStatus, NodeStateStatus, NodesStatus, PartyStatus,
-    PodState, PodStatus, ShareStatus, Status, UnnamedStatus,
+    AgentState, AnnounceStatus, CertificateStatus, CniStatus, HookProgramStatus, NodeStateStatus,
+    NodesStatus, PartyStatus, PodState, PodStatus, ShareStatus, Status, UnnamedStatus,
 };
 use crate::telemetry::table::{Cell, Colour, Style, Table};
 
@@ -178,6 +178,19 @@ impl Page {
         self.node_state(&status.node_state);
         if let Some(cni) = &status.cni {
             self.cni(cni);
+        }
+        if let Some(announced) = &status.announced {
+            self.announced(announced);
+        }
+    }
+
+    fn announced(&mut self, AnnounceStatus { pods, pending, failures, last_error, .. }: &AnnounceStatus) {
+        self.line(&format!("  announced for HBONE: {pods} pods, {pending} pending"));
+        if let Some(error) = last_error {
+            self.note(
+                Style::Bad,
+                &format!("announcements failed {failures} times and are repeated: {error}"),
+            );
         }
     }
 
