@@ -19,6 +19,7 @@ mod cgroup;
 mod objects;
 mod store;
 
+use announce::AnnouncedStore;
 pub use announce::{Announce, AnnounceState, Announcer, Serving};
 pub use cgroup::CgroupLayout;
 use objects::{Namespace, Node, Pod, Service, ServiceCidr, Slice};
@@ -85,15 +86,16 @@ fn start(
     options: &Options,
     local_node: LocalNode,
 ) -> Result<(Opening<Directory>, Option<Announcer>), KubernetesError> {
-    let mut store = DirectoryStore::new(options.enrol_label.clone(), local_node);
-    let announcer = match options.announce {
-        Announce::None => None,
+    let store = DirectoryStore::new(options.enrol_label.clone(), local_node);
+    match options.announce {
+        Announce::None => Ok((kubernetes::start(config, store, watch_tasks)?, None)),
         Announce::Ambient => {
-            let announcer = Announcer::new(config.clone(), store.follow_own_pods());
-            Some(announcer.map_err(|error| KubernetesError::Client(Box::new(error)))?)
+            let (store, pods) = AnnouncedStore::new(store);
+            let announcer = Announcer::new(config.clone(), pods);
+            let announcer = announcer.map_err(|error| KubernetesError::Client(Box::new(error)))?;
+            Ok((kubernetes::start(config, store, watch_tasks)?, Some(announcer)))
         }
-    };
-    Ok((kubernetes::start(config, store, watch_tasks)?, announcer))
+    }
 }
 
 fn watch_tasks(client: Client, news: Sender<DirectoryStore>) -> WatchTasks {

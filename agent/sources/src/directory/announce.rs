@@ -34,10 +34,12 @@ use tokio::{
 
 mod attempts;
 mod plan;
+mod store;
 
 use attempts::{Attempts, Next};
 pub use plan::Serving;
 use plan::{Change, change};
+pub(super) use store::AnnouncedStore;
 
 /// The annotation that istiod reads, with the value [`ENABLED`].
 pub(super) const REDIRECTION: &str = "ambient.istio.io/redirection";

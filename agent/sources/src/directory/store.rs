@@ -11,7 +11,6 @@ use std::{
 };
 
 use tacit_core::directory::{Directory, Protocol, Workload};
-use tokio::sync::watch;
 
 use super::{
     EnrolLabel, LocalNode,
@@ -99,11 +98,15 @@ impl DirectoryStore {
         }
     }
 
-    /// Returns the pods of this node for the announcer, now and later. Pods that were applied before are not among them.
-    pub(super) fn follow_own_pods(&mut self) -> watch::Receiver<Arc<Vec<OwnPod>>> {
-        let (own_pods, receiver) = OwnPods::new();
-        self.own_pods = Some(own_pods);
-        receiver
+    /// Keeps the annotations of this node's pods from now on. Pods that were applied before are not among them.
+    pub(super) fn follow_own_pods(&mut self) {
+        self.own_pods = Some(OwnPods::default());
+    }
+
+    /// Returns the pods of this node if the store is complete, and they or the directory have changed since the last call.
+    pub(super) fn take_own_pods(&mut self, directory_has_changed: bool) -> Option<Vec<OwnPod>> {
+        let is_complete = self.listed.len() == ResourceKind::ALL.len();
+        self.own_pods.as_mut().filter(|_| is_complete)?.take_changed(&self.directory, directory_has_changed)
     }
 
     fn apply(&mut self, object: Object) {
@@ -240,9 +243,6 @@ impl kubernetes::ObjectStore for DirectoryStore {
     fn take_changed(&mut self) -> Option<Directory> {
         if self.listed.len() < ResourceKind::ALL.len() {
             return None;
-        }
-        if let Some(own_pods) = &mut self.own_pods {
-            own_pods.publish(&self.directory, self.changed);
         }
         // Publish a new range together with the pod or service that requires it.
         self.changed |= self.range_discovery.update(&mut self.directory);

@@ -1,3 +1,5 @@
+//! Tests of the plan of annotations, and of the pauses between patches.
+
 use std::path::Path;
 
 use super::*;
