@@ -13,6 +13,7 @@
 //! Nothing waits for a patch. A failed one is repeated after a pause, for the pod and, unless the pod is the cause, for all.
 
 use std::{
+    collections::HashSet,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
@@ -38,7 +39,7 @@ mod store;
 
 use attempts::{Attempts, Next};
 pub use plan::Serving;
-use plan::{Change, change};
+use plan::{Change, changes};
 pub(super) use store::AnnouncedStore;
 
 /// The annotation that istiod reads, with the value [`ENABLED`].
@@ -127,9 +128,10 @@ impl Announcer {
         loop {
             let pods = Arc::clone(&self.pods.borrow_and_update());
             let serving = serving();
-            let wanted: Vec<(&OwnPod, Change)> =
-                pods.iter().filter_map(|pod| Some((pod, change(pod, &serving)?))).collect();
-            attempts.keep(|uid| wanted.iter().any(|(pod, _)| pod.uid == uid), Instant::now());
+            let wanted = changes(&pods, &serving);
+            // A set: anybody who may create pods can make thousands of them.
+            let uids: HashSet<&str> = wanted.iter().map(|(pod, _)| pod.uid.as_str()).collect();
+            attempts.keep(|uid| uids.contains(uid), Instant::now());
             let announced = pods.iter().filter(|pod| pod.is_marked && pod.is_redirected).count();
             state.send_if_modified(|state| {
                 let last_error = state.last_error.clone().filter(|_| !wanted.is_empty());

@@ -32,6 +32,13 @@ pub(super) enum Change {
     Unmark,
 }
 
+/// Returns the changes that the pods need. Enrolled pods come first: anybody who may create pods can make thousands with a mark.
+pub(super) fn changes<'p>(pods: &'p [OwnPod], serving: &Serving) -> Vec<(&'p OwnPod, Change)> {
+    let mut changes: Vec<_> = pods.iter().filter_map(|pod| Some((pod, change(pod, serving)?))).collect();
+    changes.sort_by_key(|(_, change)| *change != Change::Announce);
+    changes
+}
+
 /// Returns the change that the pod needs.
 pub(super) fn change(pod: &OwnPod, serving: &Serving) -> Option<Change> {
     let plaintext_alone = serving.plaintext_alone.contains(&pod.cgroup);

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::*;
+use super::{plan::change, *};
 
 fn pod(uid: &str, (is_enrolled, is_redirected, is_marked): (bool, bool, bool)) -> OwnPod {
     OwnPod {
@@ -57,6 +57,16 @@ fn a_later_pod_of_the_name_is_not_announced_before_it_is_enrolled() {
     let later = pod("2", (true, false, false));
     let serving = Serving { tunnelled: [Path::new("pod1").to_owned()].into(), ..Serving::default() };
     assert_eq!(change(&later, &serving), None);
+}
+
+#[test]
+fn enrolled_pods_come_before_many_marked_ones() {
+    let marked = (0..1000).map(|i| pod(&format!("0{i}"), (false, true, true)));
+    let pods: Vec<OwnPod> = marked.chain([pod("1", (true, false, false))]).collect();
+    let serving = Serving { tunnelled: [Path::new("pod1").to_owned()].into(), ..Serving::default() };
+    let changes = changes(&pods, &serving);
+    assert_eq!((changes.len(), &*changes[0].0.uid, changes[0].1), (1001, "1", Change::Announce));
+    assert!(changes[1..].iter().all(|(_, change)| *change == Change::Withdraw));
 }
 
 #[test]
