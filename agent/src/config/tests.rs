@@ -282,6 +282,22 @@ fn the_manifests_probe_the_default_health_port() {
     }
 }
 
+/// An agent with a mistake in it does not start.
+#[test]
+fn the_overlay_beside_ambient_has_a_valid_configuration_that_announces() {
+    let overlay = include_str!("../../../deploy/kustomize/ambient/kustomization.yaml");
+    let (_, rest) = overlay.split_once("path: /data/tacit.yaml\n        value: |\n").expect("the patch");
+    let (indented, _) = rest.split_once("      # ").expect("the end of the text");
+    let lines = indented.lines().map(|line| line.trim_start_matches(' ').len().abs_diff(line.len()));
+    let indent = lines.min().expect("a line");
+    let text: Vec<&str> = indented.lines().map(|line| &line[indent..]).collect();
+    let file = Path::new("/etc/tacit/tacit.yaml");
+    let config = Config::parse_in(&text.join("\n"), file, Path::new("/etc/tacit"), Some("a")).expect("valid");
+    let DirectorySource::Kubernetes(options) = config.directory else { panic!("{:?}", config.directory) };
+    assert_eq!(options.announce, Announce::Ambient);
+    assert_eq!(options.enrol_label.to_string(), "istio.io/dataplane-mode=ambient");
+}
+
 #[test]
 fn reading_resolves_paths_against_the_folder_of_the_file() {
     let folder = std::env::temp_dir().join(format!("tacit-config-{}", std::process::id()));
