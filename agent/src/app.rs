@@ -30,6 +30,7 @@ use crate::{
 
 mod admin_servers;
 mod agent;
+mod announce;
 mod attachment;
 mod cover;
 mod kernel_shares;

@@ -50,7 +50,10 @@ use tacit_kernel::{
     netns::{HostNetns, Netns},
     socket::Listeners,
 };
-use tokio::{runtime::Handle, sync::oneshot};
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, oneshot},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{control_state::Snapshots, recheck::Rechecks, telemetry::Telemetry};
@@ -109,6 +112,8 @@ pub struct Enroller {
     pub unnamed_pod_timeout: Duration,
     /// Receives the snapshot of this node's pods.
     pub table: Arc<ArcSwap<Pods>>,
+    /// Notified after each snapshot.
+    pub published: Arc<Notify>,
     /// Decides again on live flows.
     pub rechecks: Arc<Rechecks>,
     /// Starts the accept loops of a pod.
@@ -455,6 +460,7 @@ impl Enroller {
         let (enrolled, left) = (enrolled.cloned().collect(), left.cloned().collect());
         let table = Arc::new(Pods::new(enrolled, waiting, absent, unnamed, left));
         let before = self.table.swap(Arc::clone(&table));
+        self.published.notify_one();
         log_new(&before.waiting, &table.waiting);
         if !Arc::ptr_eq(&before.absent, &table.absent) {
             log_new(&before.absent.listed, &table.absent.listed);

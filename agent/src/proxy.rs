@@ -56,7 +56,7 @@ use tacit_tunnel::{
     relay::threads::{ThreadKind, until_move},
     socket::reset,
 };
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::Notify};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -88,6 +88,8 @@ pub struct Proxy {
     pub snapshots: Snapshots,
     /// Pods of this node.
     pub pods: Arc<ArcSwap<Pods>>,
+    /// Notified after each change of `pods`, for one waiter.
+    pub pods_published: Arc<Notify>,
     /// Connections that the kernel holds.
     pub openings: Arc<Openings>,
     /// Tunnel sessions.
@@ -131,6 +133,7 @@ impl Proxy {
         Self {
             snapshots,
             pods: Arc::default(),
+            pods_published: Arc::default(),
             openings: Arc::default(),
             sessions: Sessions::new(workers.count(), bounds::IDLE_SESSIONS.bounds(capacity)),
             hbone: HboneConnections::new(workers.count(), bounds::HBONE_CONNECTIONS.bounds(capacity)),

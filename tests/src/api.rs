@@ -1,9 +1,9 @@
-//! An API server of Kubernetes for agents in a network namespace: lists of objects, and watches with new ones.
+//! An API server of Kubernetes for agents in a network namespace: lists of objects, watches with new ones, and patches of the status of pods.
 
 use std::{
     collections::BTreeMap,
     fs,
-    io::{BufRead as _, BufReader, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
@@ -30,6 +30,23 @@ pub struct Api {
 struct State {
     objects: BTreeMap<String, Vec<Value>>,
     watches: BTreeMap<String, Vec<TcpStream>>,
+    /// The last version of an object that a watch has.
+    version: u64,
+    /// Merge patches of the status of pods, refused ones too.
+    patches: Vec<Patched>,
+    /// True: each patch is refused with 403.
+    refuses_patches: bool,
+}
+
+/// A merge patch of the status of a pod.
+#[derive(Debug, Clone)]
+pub struct Patched {
+    /// The pod as `namespace/name`.
+    pub pod: String,
+    /// The patch.
+    pub patch: Value,
+    /// Status code of the answer.
+    pub code: u16,
 }
 
 impl Api {
@@ -91,19 +108,95 @@ impl Api {
     /// Adds an object and sends it to the watches, after at least one has started.
     ///
     /// # Errors
-    /// Fails if no watch starts, or one has ended.
-    pub fn add(&self, path: &str, mut object: Value) -> Result<()> {
+    /// Fails if no watch starts.
+    pub fn add(&self, path: &str, object: Value) -> Result<()> {
         until("a watch has started", || {
             Ok(lock(&self.state).watches.get(path).is_some_and(|all| !all.is_empty()).then_some(()))
         })?;
-        object["metadata"]["resourceVersion"] = json!("2");
-        self.set(path, object.clone());
-        let line = format!("{}\n", json!({"type": "ADDED", "object": object}));
-        for watch in lock(&self.state).watches.get_mut(path).into_iter().flatten() {
-            write!(watch, "{:x}\r\n{line}\r\n", line.len())?;
-        }
+        lock(&self.state).put(path, "ADDED", object);
         Ok(())
     }
+
+    /// Changes the pod `namespace/name`, and sends it to the watches.
+    ///
+    /// # Errors
+    /// Fails if there is none.
+    pub fn change_pod(&self, pod: &str, change: impl FnOnce(&mut Value)) -> Result<()> {
+        let mut object = self.pod(pod)?;
+        change(&mut object);
+        lock(&self.state).put(PODS, "MODIFIED", object);
+        Ok(())
+    }
+
+    /// Returns the object of the pod `namespace/name`.
+    ///
+    /// # Errors
+    /// Fails if there is none.
+    pub fn pod(&self, pod: &str) -> Result<Value> {
+        lock(&self.state).pod(pod).with_context(|| format!("no pod {pod}"))
+    }
+
+    /// Refuses patches with 403 from now on, or not.
+    pub fn refuse_patches(&self, refuses: bool) {
+        lock(&self.state).refuses_patches = refuses;
+    }
+
+    /// Returns all patches so far.
+    #[must_use]
+    pub fn patches(&self) -> Vec<Patched> {
+        lock(&self.state).patches.clone()
+    }
+}
+
+impl State {
+    fn pod(&self, pod: &str) -> Option<Value> {
+        let named = |object: &&Value| full_name(object) == pod;
+        self.objects.get(PODS)?.iter().find(named).cloned()
+    }
+
+    /// Stores a new version of an object and sends it to the watches. Watches whose client is gone are forgotten.
+    fn put(&mut self, path: &str, kind: &str, mut object: Value) {
+        self.version = self.version.max(1) + 1;
+        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        let objects = self.objects.entry(path.to_owned()).or_default();
+        objects.retain(|other| full_name(other) != full_name(&object));
+        objects.push(object.clone());
+        let line = format!("{}\n", json!({"type": kind, "object": object}));
+        let send = |watch: &mut TcpStream| write!(watch, "{:x}\r\n{line}\r\n", line.len()).is_ok();
+        self.watches.entry(path.to_owned()).or_default().retain_mut(send);
+    }
+
+    /// Applies a merge patch to the metadata of a pod, as a patch of its status does. Returns the answer.
+    fn patch(&mut self, pod: &str, patch: &Value) -> (u16, Value) {
+        let refusal = |code: u16, message: &str, reason: &str| {
+            (
+                code,
+                json!({"kind": "Status", "status": "Failure", "message": message, "reason": reason, "code": code}),
+            )
+        };
+        if self.refuses_patches {
+            return refusal(403, "pods is forbidden: cannot patch resource pods/status", "Forbidden");
+        }
+        let Some(mut object) = self.pod(pod) else { return refusal(404, "no such pod", "NotFound") };
+        if patch["metadata"]["uid"] != object["metadata"]["uid"] {
+            return refusal(409, "another pod has the name", "Conflict");
+        }
+        for (name, value) in patch["metadata"]["annotations"].as_object().into_iter().flatten() {
+            match (value, object["metadata"]["annotations"].as_object_mut()) {
+                (Value::Null, Some(annotations)) => drop(annotations.remove(name)),
+                (Value::Null, None) => {}
+                (value, _) => object["metadata"]["annotations"][name] = value.clone(),
+            }
+        }
+        self.put(PODS, "MODIFIED", object.clone());
+        (200, object)
+    }
+}
+
+/// Returns `namespace/name`.
+fn full_name(object: &Value) -> String {
+    let text = |field: &str| object["metadata"][field].as_str().unwrap_or_default();
+    format!("{}/{}", text("namespace"), text("name"))
 }
 
 /// Returns the object of a pod that is enrolled by its label. Its UID, `uid`, is its name too, as that of its cgroup.
@@ -123,15 +216,37 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 
 /// Serves one request.
 fn serve(mut connection: TcpStream, state: &Mutex<State>) -> Result<()> {
-    let mut lines = BufReader::new(connection.try_clone()?).lines();
-    let first = lines.next().context("no request")??;
-    for line in lines {
-        if line?.is_empty() {
+    let mut reader = BufReader::new(connection.try_clone()?);
+    let (mut first, mut length) = (String::new(), 0);
+    reader.read_line(&mut first)?;
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        if line.trim().is_empty() {
             break;
         }
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse()?;
+        }
     }
-    let target = first.split(' ').nth(1).context("no target")?;
+    let mut words = first.split(' ');
+    let (method, target) = (words.next().context("no method")?, words.next().context("no target")?);
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    if method == "PATCH" {
+        let mut body = vec![0; length];
+        reader.read_exact(&mut body)?;
+        let pod = path.strip_prefix("/api/v1/namespaces/").and_then(|rest| rest.strip_suffix("/status"));
+        let pod =
+            pod.context("a patch of another object than the status of a pod")?.replacen("/pods/", "/", 1);
+        let patch: Value = serde_json::from_slice(&body)?;
+        let answered = {
+            let mut state = lock(state);
+            let (code, answer) = state.patch(&pod, &patch);
+            state.patches.push(Patched { pod, patch, code });
+            (code, answer)
+        };
+        return answer(&mut connection, &answered.0.to_string(), &answered.1);
+    }
     if query.contains("watch=") {
         connection.write_all(
             b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n",
@@ -146,6 +261,11 @@ fn serve(mut connection: TcpStream, state: &Mutex<State>) -> Result<()> {
         let items = lock(state).objects.get(path).cloned();
         ("200 OK", json!({"metadata": {"resourceVersion": "1"}, "items": items}))
     };
+    answer(&mut connection, status, &body)
+}
+
+/// Answers a request and ends the connection.
+fn answer(connection: &mut TcpStream, status: &str, body: &Value) -> Result<()> {
     let body = body.to_string();
     let length = body.len();
     write!(

@@ -26,7 +26,7 @@ use nix::time::{ClockId, clock_gettime};
 use tacit_core::{directory::Directory, spiffe::TrustDomain};
 use tacit_kernel::host;
 use tacit_sources::{
-    directory::{self, CgroupLayout, EnrolLabel, LocalNode, Options},
+    directory::{self, CgroupLayout, LocalNode, Options},
     reload::Watched,
 };
 use tokio::time::sleep;
@@ -119,14 +119,14 @@ async fn measure(pods: usize, services: usize) -> Result<()> {
 /// Opens the directory of a cluster and prints what that took.
 async fn open(kubeconfig: &Path) -> Result<Watched<Directory>> {
     let (before, begin) = (memory()?, Instant::now());
-    let options = Options { enrol_label: EnrolLabel::default(), kubeconfig: Some(kubeconfig.to_owned()) };
+    let options = Options { kubeconfig: Some(kubeconfig.to_owned()), ..Options::default() };
     let local_node = LocalNode {
         node: "node-0".into(),
         trust_domain: TrustDomain::parse("cluster.local")?,
         cgroups: CgroupLayout::of(Path::new("/sys/fs/cgroup/kubepods.slice")),
         ranges: Arc::default(),
     };
-    let opening = directory::open(&options, local_node).await?;
+    let (opening, _) = directory::open(&options, local_node).await?;
     let watched = opening.complete().await.context("the tasks that watch the API exited")?;
     let directory = watched.current();
     println!("{} workloads, {} services", directory.len(), directory.services().count());

@@ -20,10 +20,13 @@ use crate::{
     reload::Opening,
 };
 
+mod announce;
 mod cgroup;
 pub(crate) mod objects;
 mod store;
 
+use announce::AnnouncedStore;
+pub use announce::{Announce, AnnounceState, Announcer, Serving};
 pub use cgroup::CgroupLayout;
 use objects::{Namespace, Node, Object, Pod, ResourceKind, Service, ServiceCidr, Slice};
 use store::DirectoryStore;
@@ -32,6 +35,8 @@ pub use store::MeshPlace;
 /// Access to the API, and the label that enrols pods.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Options {
+    /// The readers for which the pods of the node are announced.
+    pub announce: Announce,
     /// The label that enrols a pod.
     pub enrol_label: EnrolLabel,
     /// A kubeconfig file. `None` uses the credentials of the agent's own pod.
@@ -72,20 +77,32 @@ pub struct LocalNode {
     pub ranges: Arc<Ranges>,
 }
 
-/// Starts to watch the API.
+/// Starts to watch the API. Returns the announcer if the options ask for announcements.
 ///
 /// # Errors
 /// [`KubernetesError`]. An API that does not answer is not an error.
-pub async fn open(options: &Options, local_node: LocalNode) -> Result<Opening<Directory>, KubernetesError> {
-    start(access(options.kubeconfig.as_deref()).await?, options.enrol_label.clone(), local_node)
+pub async fn open(
+    options: &Options,
+    local_node: LocalNode,
+) -> Result<(Opening<Directory>, Option<Announcer>), KubernetesError> {
+    start(access(options.kubeconfig.as_deref()).await?, options, local_node)
 }
 
 fn start(
     config: Config,
-    enrol: EnrolLabel,
+    options: &Options,
     local_node: LocalNode,
-) -> Result<Opening<Directory>, KubernetesError> {
-    kubernetes::start(config, DirectoryStore::new(enrol, local_node), watch_tasks)
+) -> Result<(Opening<Directory>, Option<Announcer>), KubernetesError> {
+    let store = DirectoryStore::new(options.enrol_label.clone(), local_node);
+    match options.announce {
+        Announce::None => Ok((kubernetes::start(config, store, watch_tasks)?, None)),
+        Announce::Ambient => {
+            let (store, pods) = AnnouncedStore::new(store);
+            let announcer = Announcer::new(config.clone(), pods);
+            let announcer = announcer.map_err(|error| KubernetesError::Client(Box::new(error)))?;
+            Ok((kubernetes::start(config, store, watch_tasks)?, Some(announcer)))
+        }
+    }
 }
 
 fn watch_tasks(client: Client, news: Sender<DirectoryStore>) -> WatchTasks {

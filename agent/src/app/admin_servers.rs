@@ -207,6 +207,7 @@ impl Shown {
             guard: GuardStatus::default(),
             node_state: self.node_state.borrow().clone(),
             cni: None,
+            announced: None,
             unnamed: UnnamedStatus::default(),
             mesh: MeshStatus::default(),
             uncovered: UncoveredStatus::default(),

@@ -21,7 +21,7 @@ use tacit_kernel::{
     DropCount, ExceptionCounter, GuardedLink, HookProgram, Kernel, KernelCounter, PlaintextEgress,
     connect_programs, host,
 };
-use tacit_sources::{istiod::ConnectionState, reload::ReloadState};
+use tacit_sources::{directory::AnnounceState, istiod::ConnectionState, reload::ReloadState};
 use tokio::sync::watch;
 
 use crate::{
@@ -32,8 +32,8 @@ use crate::{
     mesh::NodesNotApplied,
     proxy::Proxy,
     telemetry::status::{
-        AgentState, CertificateStatus, CniStatus, ConnectionStatus, CounterStatus, DropStatus,
-        ExceptionStatus, FlowsStatus, GuardStatus, HookProgramStatus, IssuerStatus, MeshStatus,
+        AgentState, AnnounceStatus, CertificateStatus, CniStatus, ConnectionStatus, CounterStatus,
+        DropStatus, ExceptionStatus, FlowsStatus, GuardStatus, HookProgramStatus, IssuerStatus, MeshStatus,
         NodeStateStatus, NodesStatus, PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX,
         RejectionStatus, ResourcesStatus, RevocationListStatus, ShareStatus, SourceKind, SourceStatus,
         Status, UncoveredStatus, UnnamedStatus,
@@ -53,6 +53,7 @@ pub(super) struct Report {
     started: Instant,
     node_state: watch::Receiver<NodeStateStatus>,
     cni: Option<watch::Receiver<CniStatus>>,
+    announced: Option<watch::Receiver<AnnounceState>>,
     unnamed_pod_timeout: Duration,
     /// The pods and services outside the mesh's ranges, for that directory and those ranges.
     uncovered: Mutex<(Arc<Directory>, Arc<Ranges>, UncoveredStatus)>,
@@ -65,11 +66,12 @@ impl Report {
         kernel: Arc<Kernel>,
         proxy: Arc<Proxy>,
         (started, node_state): (Instant, watch::Receiver<NodeStateStatus>),
-        cni: Option<watch::Receiver<CniStatus>>,
+        (cni, announced): (Option<watch::Receiver<CniStatus>>, Option<watch::Receiver<AnnounceState>>),
     ) -> Self {
         Self {
             node_state,
             cni,
+            announced,
             unnamed_pod_timeout: config.unnamed_pod_timeout,
             kernel,
             proxy,
@@ -101,6 +103,7 @@ impl Report {
             guard: self.guard(),
             node_state: self.node_state.borrow().clone(),
             cni: self.cni.as_ref().map(|cni| cni.borrow().clone()),
+            announced: self.announced.as_ref().map(|announced| announce_status(&announced.borrow())),
             unnamed: self.unnamed(),
             mesh: mesh(&self.proxy.snapshots.mesh.ranges()),
             uncovered: self.uncovered(),
@@ -356,6 +359,16 @@ fn nodes(not_applied: NodesNotApplied) -> NodesStatus {
 const NO_POLICY: &str = "none";
 
 /// The policy that connections to a workload of this node meet.
+fn announce_status(state: &AnnounceState) -> AnnounceStatus {
+    AnnounceStatus {
+        pods: state.announced as u64,
+        pending: state.pending as u64,
+        patches: state.patches,
+        failures: state.failures,
+        last_error: state.last_error.clone(),
+    }
+}
+
 fn in_force(pods: &Pods, workload: &Workload) -> PolicyInForce {
     let (policy, waits_for) = pods.policy_of(workload).unwrap_or((None, None));
     let waits_for = waits_for.map(str::to_owned);

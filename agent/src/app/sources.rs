@@ -12,7 +12,7 @@ use tacit_core::{
 };
 use tacit_identity::{peer_trust, revocation::RevocationLists};
 use tacit_sources::{
-    directory::{CgroupLayout, LocalNode},
+    directory::{Announcer, CgroupLayout, LocalNode},
     kubernetes::KubernetesError,
     policy::MeshSettings,
     reload::{Opening, ReloadState, Watched},
@@ -34,6 +34,7 @@ pub(super) struct Sources {
     policies: Opening<Policies>,
     revocation: Option<Watched<RevocationLists>>,
     federation: Vec<FederatedRoots>,
+    announcer: Option<Announcer>,
 }
 
 /// The complete sources.
@@ -47,12 +48,17 @@ pub(super) struct Complete {
 impl Sources {
     pub(super) async fn open(config: &Config, pods_cgroup: &Path) -> Result<Self, AppError> {
         let (revocation, federation) = (open_revocation(config)?, open_federation(config)?);
-        let (directory, policies) = open_directory(config, pods_cgroup).await?;
+        let OpenedDirectory { directory, policies, announcer } = open_directory(config, pods_cgroup).await?;
         let policies = match policies {
             Some(policies) => policies,
             None => open_policies(config).await?,
         };
-        Ok(Self { directory, policies, revocation, federation })
+        Ok(Self { directory, policies, revocation, federation, announcer })
+    }
+
+    /// Takes the announcer, which is not there twice. `None` if nothing is to be announced.
+    pub(super) fn take_announcer(&mut self) -> Option<Announcer> {
+        self.announcer.take()
     }
 
     /// Returns the state of each source, for the operator.
@@ -99,12 +105,17 @@ fn open_federation(config: &Config) -> Result<Vec<FederatedRoots>, AppError> {
     config.federation.iter().map(open).collect()
 }
 
+/// A directory, and what comes with it.
+struct OpenedDirectory {
+    directory: Opening<Directory>,
+    /// The policies, if both have one connection.
+    policies: Option<Opening<Policies>>,
+    announcer: Option<Announcer>,
+}
+
 /// The directory, with the policies if both have one connection. It is used once it is complete: what an earlier agent left for pods
 /// that are not in it would be removed.
-async fn open_directory(
-    config: &Config,
-    pods_cgroup: &Path,
-) -> Result<(Opening<Directory>, Option<Opening<Policies>>), AppError> {
+async fn open_directory(config: &Config, pods_cgroup: &Path) -> Result<OpenedDirectory, AppError> {
     let domain = config.trust_domain.clone();
     let ranges = Arc::new(Ranges::configured(&config.captured_ranges()));
     let local_node = LocalNode {
@@ -126,17 +137,19 @@ async fn open_directory(
                 }
                 Ok(known.within(Arc::clone(&last)))
             };
-            Ok((Watched::open(file, parse)?.into(), None))
+            let directory = Watched::open(file, parse)?.into();
+            Ok(OpenedDirectory { directory, policies: None, announcer: None })
         }
         Source::Kubernetes(options) => {
             let opened = tacit_sources::directory::open(options, local_node).await;
-            Ok((opened.map_err(failed)?, None))
+            let (directory, announcer) = opened.map_err(failed)?;
+            Ok(OpenedDirectory { directory, policies: None, announcer })
         }
         Source::Istiod(istiod) => {
             let options = istiod::options(istiod, config).await?;
             let settings = matches!(config.policy, Source::Istiod(())).then(|| mesh_settings(config));
             let opened = tacit_sources::istiod::open(&options, local_node, settings).await.map_err(failed)?;
-            Ok((opened.directory, opened.policies))
+            Ok(OpenedDirectory { directory: opened.directory, policies: opened.policies, announcer: None })
         }
     }
 }

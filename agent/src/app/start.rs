@@ -24,6 +24,7 @@ use tacit_kernel::{
     netns::HostNetns,
 };
 use tacit_sources::{
+    directory::{AnnounceState, Announcer},
     kubernetes::KubernetesError,
     reload::Watched,
     roots::{ConfigMapKey, ConfigMapReader},
@@ -35,6 +36,7 @@ use crate::{
         AppError, Ended, Signals, Started,
         admin_servers::AdminServers,
         agent::Agent,
+        announce::announce,
         attachment::Attachment,
         cover::{Cover, kept_state},
         node_state::{self, Kept},
@@ -75,7 +77,8 @@ pub(super) async fn start(
     if let (Some(_), Some(cni)) = (&cover, &config.cni) {
         cni::restore(cni, &sandboxes::socket(&config.state_path));
     }
-    let sources = Sources::open(config, node.pods_cgroup.path()).await?;
+    let mut sources = Sources::open(config, node.pods_cgroup.path()).await?;
+    let announcer = sources.take_announcer();
     let operator = Operator::open(config, started, &sources, node_state, stands_by).await?;
     watchdog.started();
     let attachment = Attachment::new(config, node.pods_cgroup.path());
@@ -110,7 +113,7 @@ pub(super) async fn start(
     let mesh = fill_maps(config, &kernel, &directory, &policies)?;
     let snapshots = Snapshots { directory, policies, mesh, identities, revocation, federation };
     let proxy = proxy(config, &node, &kernel, snapshots, operator.telemetry.clone())?;
-    let agent = serve(config, (node, attachment), kernel, proxy, operator, (kept, successor_lock));
+    let agent = serve(config, (node, attachment), kernel, proxy, operator, (kept, successor_lock, announcer));
     Ok(Started::Serving(Box::new(agent)))
 }
 
@@ -283,7 +286,7 @@ fn serve(
     kernel: Arc<Kernel>,
     proxy: Arc<Proxy>,
     operator: Operator,
-    (kept, successor_lock): (Kept, Option<SuccessorLock>),
+    (kept, successor_lock, announcer): (Kept, Option<SuccessorLock>, Option<Announcer>),
 ) -> Agent {
     let Operator { started, state, node_state, servers, .. } = operator;
     let shown = (started, node_state.subscribe());
@@ -292,8 +295,10 @@ fn serve(
         .as_ref()
         .map(|cni| watch::Sender::new(CniStatus { is_enabled: cni.is_enabled, ..CniStatus::default() }));
     let shown_cni = cni.as_ref().map(watch::Sender::subscribe);
-    let report =
-        Report::new(config, node.pods_cgroup.path(), kernel.clone(), proxy.clone(), shown, shown_cni);
+    let announced = announcer.is_some().then(|| watch::Sender::new(AnnounceState::default()));
+    let shown_announced = announced.as_ref().map(watch::Sender::subscribe);
+    let extras = (shown_cni, shown_announced);
+    let report = Report::new(config, node.pods_cgroup.path(), kernel.clone(), proxy.clone(), shown, extras);
     let report = Arc::new(report);
     state.apply(Event::TakesOver);
     servers.show(report.clone());
@@ -318,7 +323,8 @@ fn serve(
         },
     );
     let keeper = node_state::keep(folder, on_disk, directory, policies, node_state);
-    let keeper = async move { tokio::join!(keeper, cni).0 };
+    let announce = announce(announcer, proxy.clone(), announced);
+    let keeper = async move { tokio::join!(keeper, cni, announce).0 };
     let tasks = Tasks::spawn(&kernel, &proxy, &report, (enroller, keeper), config.heartbeat_timeout);
     tracing::info!(node = %config.node, trust_domain = %config.trust_domain, descriptors, "agent runs");
     let (pin_path, drain_timeout) = (config.pin_path.clone(), config.drain_timeout);
@@ -377,6 +383,7 @@ fn enroller(
         pods_cgroup: node.pods_cgroup,
         unnamed_pod_timeout: config.unnamed_pod_timeout,
         table: proxy.pods.clone(),
+        published: proxy.pods_published.clone(),
         rechecks: proxy.rechecks.clone(),
         serve,
         answer,

@@ -1,12 +1,12 @@
-//! `{kubernetes: {..}}` of `directory` and `policy`: which API, and what enrols a pod.
+//! `{kubernetes: {..}}` of `directory` and `policy`: which API, what enrols a pod, and who is told of enrolled pods.
 
 use std::path::{Path, PathBuf};
 
-use tacit_sources::directory::EnrolLabel;
+use tacit_sources::directory::{Announce, EnrolLabel};
 
 use super::{DirectoryOptions, Fields, PolicyOptions, Value};
 
-pub(super) const DIRECTORY_FIELDS: [&str; 2] = ["enrolLabel", "kubeconfig"];
+pub(super) const DIRECTORY_FIELDS: [&str; 3] = ["announce", "enrolLabel", "kubeconfig"];
 pub(super) const POLICY_FIELDS: [&str; 1] = ["kubeconfig"];
 /// Longest name part and longest value of a label, in bytes (Kubernetes' label syntax).
 const PART_MAX_BYTES: usize = 63;
@@ -17,14 +17,18 @@ pub(super) fn directory(value: &Value<'_>, folder: &Path) -> Option<DirectoryOpt
     if value.is_null() {
         return Some(DirectoryOptions::default());
     }
-    local(&mut value.fields(&DIRECTORY_FIELDS)?, folder)
+    let mut fields = value.fields(&DIRECTORY_FIELDS)?;
+    let announce = fields.or("announce", Announce::None, |v| v.parse(announce));
+    let options = local(&mut fields, folder);
+    Some(DirectoryOptions { announce: announce?, ..options? })
 }
 
 /// Decodes the fields that a directory from istiod has too.
 pub(super) fn local(fields: &mut Fields<'_>, folder: &Path) -> Option<DirectoryOptions> {
     let enrol_label = fields.or("enrolLabel", EnrolLabel::default(), |v| v.parse(label));
     let kubeconfig = kubeconfig(fields, folder);
-    Some(DirectoryOptions { enrol_label: enrol_label?, kubeconfig: kubeconfig? })
+    let announce = Announce::None;
+    Some(DirectoryOptions { announce, enrol_label: enrol_label?, kubeconfig: kubeconfig? })
 }
 
 pub(super) fn policy(value: &Value<'_>, folder: &Path) -> Option<PolicyOptions> {
@@ -37,6 +41,14 @@ pub(super) fn policy(value: &Value<'_>, folder: &Path) -> Option<PolicyOptions> 
 
 fn kubeconfig(fields: &mut Fields<'_>, folder: &Path) -> Option<Option<PathBuf>> {
     fields.or("kubeconfig", None, |value| Some(Some(folder.join(value.text()?))))
+}
+
+fn announce(text: &str) -> Result<Announce, &'static str> {
+    match text {
+        "none" => Ok(Announce::None),
+        "ambient" => Ok(Announce::Ambient),
+        _ => Err("no reader of announcements: write none or ambient"),
+    }
 }
 
 fn label(text: &str) -> Result<EnrolLabel, &'static str> {

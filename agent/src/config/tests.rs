@@ -1,6 +1,7 @@
 //! Tests of `tacit.yaml`: what is accepted, every mistake, and that the published schema says the same.
 
 use serde_json::Value as Json;
+use tacit_sources::directory::Announce;
 
 use super::*;
 
@@ -256,6 +257,22 @@ fn the_manifests_probe_the_default_health_port() {
     }
 }
 
+/// An agent with a mistake in it does not start.
+#[test]
+fn the_overlay_beside_ambient_has_a_valid_configuration_that_announces() {
+    let overlay = include_str!("../../../deploy/kustomize/ambient/kustomization.yaml");
+    let (_, rest) = overlay.split_once("path: /data/tacit.yaml\n        value: |\n").expect("the patch");
+    let (indented, _) = rest.split_once("      # ").expect("the end of the text");
+    let lines = indented.lines().map(|line| line.trim_start_matches(' ').len().abs_diff(line.len()));
+    let indent = lines.min().expect("a line");
+    let text: Vec<&str> = indented.lines().map(|line| &line[indent..]).collect();
+    let file = Path::new("/etc/tacit/tacit.yaml");
+    let config = Config::parse_in(&text.join("\n"), file, Path::new("/etc/tacit"), Some("a")).expect("valid");
+    let DirectorySource::Kubernetes(options) = config.directory else { panic!("{:?}", config.directory) };
+    assert_eq!(options.announce, Announce::Ambient);
+    assert_eq!(options.enrol_label.to_string(), "istio.io/dataplane-mode=ambient");
+}
+
 #[test]
 fn reading_resolves_paths_against_the_folder_of_the_file() {
     let folder = std::env::temp_dir().join(format!("tacit-config-{}", std::process::id()));
@@ -352,9 +369,10 @@ fn the_directory_can_come_from_kubernetes_and_the_node_from_the_environment() {
     assert_eq!(&*config.node, "worker-1.example");
     assert_eq!(options(config), DirectoryOptions::default());
     assert_eq!(DirectoryOptions::default().enrol_label.to_string(), "tacit.io/enrol=true");
-    let ambient = "{kubernetes: {enrolLabel: istio.io/dataplane-mode=ambient, kubeconfig: admin.conf}}";
+    let ambient = "{kubernetes: {announce: ambient, enrolLabel: istio.io/dataplane-mode=ambient, kubeconfig: admin.conf}}";
     let ambient = options(parse(ambient, Some("a")).expect("valid"));
     assert_eq!(ambient.enrol_label.to_string(), "istio.io/dataplane-mode=ambient");
+    assert_eq!((DirectoryOptions::default().announce, ambient.announce), (Announce::None, Announce::Ambient));
     assert_eq!(ambient.kubeconfig.as_deref(), Some(Path::new("/etc/tacit/admin.conf")));
     for (directory, node, problem) in [
         (
@@ -380,7 +398,12 @@ fn the_directory_can_come_from_kubernetes_and_the_node_from_the_environment() {
         (
             "{kubernetes: {label: x}}",
             Some("a"),
-            "directory.kubernetes.label: unknown field: known here: enrolLabel, kubeconfig",
+            "directory.kubernetes.label: unknown field: known here: announce, enrolLabel, kubeconfig",
+        ),
+        (
+            "{kubernetes: {announce: istio}}",
+            Some("a"),
+            "directory.kubernetes.announce: \"istio\": no reader of announcements: write none or ambient",
         ),
         (
             "{kubernetes: {enrolLabel: tacit.io/enrol}}",

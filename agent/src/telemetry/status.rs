@@ -69,6 +69,9 @@ pub struct Status {
     /// The CNI plugin of the node; `None` if the configuration has none.
     #[serde(default)]
     pub cni: Option<CniStatus>,
+    /// Pods that the agent announces to others; `None` if the configuration has none.
+    #[serde(default)]
+    pub announced: Option<AnnounceStatus>,
     /// Pods that no source names.
     #[serde(default)]
     pub unnamed: UnnamedStatus,
@@ -286,6 +289,21 @@ pub struct CniStatus {
     pub configuration: Option<String>,
     /// The error of the last look at the node's CNI folders.
     pub error: Option<String>,
+}
+
+/// Pods that the agent announces by an annotation (`directory.kubernetes.announce`).
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct AnnounceStatus {
+    /// Number of announced pods of this node.
+    pub pods: u64,
+    /// Number of pods whose annotation must be written or removed.
+    pub pending: u64,
+    /// Patches that the API accepted since the agent started.
+    pub patches: u64,
+    /// Patches that failed since the agent started. Each is repeated.
+    pub failures: u64,
+    /// The last failure; `None` once no pod is pending.
+    pub last_error: Option<String>,
 }
 
 /// Cgroups of pods that no source names.

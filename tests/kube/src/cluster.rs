@@ -336,6 +336,11 @@ impl Cluster {
         self.folder.join("pki")
     }
 
+    /// Returns the file with the root of the API server's certificate.
+    pub(super) fn authority(&self) -> PathBuf {
+        self.pki().join("ca.crt")
+    }
+
     fn kubeconfig(&self, who: &str) -> PathBuf {
         self.pki().join(format!("{who}.kubeconfig"))
     }

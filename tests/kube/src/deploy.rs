@@ -12,6 +12,8 @@ mod documents;
 #[cfg(test)]
 mod metrics;
 #[cfg(test)]
+mod overlay;
+#[cfg(test)]
 mod template;
 #[cfg(test)]
 mod tests;

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod address_reuse;
+mod announce;
 mod authority;
 mod cgroup;
 mod checks;

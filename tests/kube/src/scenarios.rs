@@ -7,7 +7,7 @@ use tacit_topology::run;
 use xtask_support::workspace::Workspace;
 
 use super::{
-    address_reuse, authority,
+    address_reuse, announce, authority,
     checks::{AUTHORITY, ENROLLED, both_are, encrypted, in_clear, is_enrolled, is_strict, rolled_out},
     cluster::{Cluster, SERVICES},
     enrol_latency, enrol_under_load, handover, helm,
@@ -99,6 +99,11 @@ pub(super) const ALL: &[Scenario] = &[
         "identity-elsewhere",
         "an agent is issued identities of its node's pods, no others",
         authority::elsewhere,
+    ),
+    independent(
+        "announce-bounded",
+        "an agent may patch two annotations of its node's pods, and nothing else",
+        announce::bounded,
     ),
     independent("restarted", "pods made anew under STRICT are ready, enrolled, never in clear", restarted),
     measured(

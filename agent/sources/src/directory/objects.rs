@@ -8,6 +8,7 @@ use serde::{Deserialize, de::IgnoredAny};
 
 use tacit_core::directory::special_address;
 
+use super::announce;
 use crate::{
     istiod::address::AddressObject,
     kubernetes::{KindName, Resource, or_default},
@@ -129,9 +130,12 @@ pub(super) struct Annotations {
     /// write it.
     #[serde(rename = "kubernetes.io/config.mirror")]
     pub(super) mirror: Option<String>,
-    /// `enabled`: a ztunnel serves the pod. istio-cni writes it.
+    /// `enabled`: a ztunnel serves the pod, and istio-cni wrote it. With `announced` an agent did, for a pod that it serves.
     #[serde(rename = "ambient.istio.io/redirection")]
     pub(super) redirection: Option<String>,
+    /// Present: an agent wrote `redirection`.
+    #[serde(rename = "tacit.io/announced")]
+    pub(super) announced: Option<IgnoredAny>,
     /// `early` or `truthful`: when `connect()` of the pod returns.
     #[serde(rename = "tacit.io/connect")]
     pub(super) connect: Option<String>,
@@ -245,6 +249,16 @@ impl Resource for Pod {
 }
 
 impl Pod {
+    /// Returns true if the annotation says that the pod takes HBONE, whoever wrote it.
+    pub(super) fn is_redirected(&self) -> bool {
+        self.metadata.annotations.redirection.as_deref() == Some(announce::ENABLED)
+    }
+
+    /// Returns true if an agent of this mesh wrote that annotation.
+    pub(super) fn is_marked(&self) -> bool {
+        self.metadata.annotations.announced.is_some()
+    }
+
     /// Returns true if all containers have ended and will not restart.
     pub(super) fn has_ended(&self) -> bool {
         matches!(self.status.phase.as_str(), "Succeeded" | "Failed")

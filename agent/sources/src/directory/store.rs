@@ -14,6 +14,7 @@ use tacit_core::directory::{Directory, Protocol, Workload};
 
 use super::{
     EnrolLabel, LocalNode,
+    announce::OwnPod,
     objects::{Meta, Object, ResourceKind},
 };
 use crate::{
@@ -23,6 +24,7 @@ use crate::{
 
 mod addresses;
 mod interner;
+mod own_pods;
 mod pods;
 mod problems;
 mod range_discovery;
@@ -30,6 +32,7 @@ mod services;
 
 use addresses::Addresses;
 use interner::Interner;
+use own_pods::OwnPods;
 use pods::Mirror;
 use problems::Problems;
 use range_discovery::RangeDiscovery;
@@ -91,6 +94,8 @@ pub(super) struct DirectoryStore {
     mirrors: HashMap<String, Mirror>,
     /// Pods that a ztunnel serves, as istio-cni notes on them.
     redirected: HashSet<String>,
+    /// Pods of this node for the announcer; `None` without one.
+    own_pods: Option<OwnPods>,
     problems: Problems,
     changed: bool,
 }
@@ -117,6 +122,7 @@ impl DirectoryStore {
             zone: None,
             mirrors: HashMap::new(),
             redirected: HashSet::new(),
+            own_pods: None,
             problems: Problems::default(),
             changed: true,
         }
@@ -126,6 +132,22 @@ impl DirectoryStore {
     pub(super) fn with_istiod(enrol: EnrolLabel, local_node: LocalNode, place: MeshPlace) -> Self {
         let (source, addresses) = (MeshSource::Istiod, Addresses::new(place));
         Self { source, addresses, ..Self::new(enrol, local_node) }
+    }
+
+    /// Keeps the annotations of this node's pods from now on. Pods that were applied before are not among them.
+    pub(super) fn follow_own_pods(&mut self) {
+        self.own_pods = Some(OwnPods::default());
+    }
+
+    /// Returns the pods of this node if the store is complete, and they or the directory have changed since the last call.
+    pub(super) fn take_own_pods(&mut self, directory_has_changed: bool) -> Option<Vec<OwnPod>> {
+        let is_complete = self.is_complete();
+        self.own_pods.as_mut().filter(|_| is_complete)?.take_changed(&self.directory, directory_has_changed)
+    }
+
+    /// Returns true if all kinds of objects were listed.
+    fn is_complete(&self) -> bool {
+        self.source.kinds().iter().all(|kind| self.listed.contains(kind))
     }
 
     fn apply(&mut self, object: Object) {
@@ -285,7 +307,7 @@ impl kubernetes::ObjectStore for DirectoryStore {
     }
 
     fn take_changed(&mut self) -> Option<Directory> {
-        if self.source.kinds().iter().any(|kind| !self.listed.contains(kind)) {
+        if !self.is_complete() {
             return None;
         }
         self.update_mesh_services();

@@ -34,7 +34,8 @@ async fn open_all(server: &Server) -> Watched<Directory> {
         cgroups: CgroupLayout::of(Path::new("/sys/fs/cgroup/kubepods")),
         ranges: Arc::default(),
     };
-    let opening = start(config, EnrolLabel::default(), local_node).expect("a client");
+    let (opening, announcer) = start(config, &Options::default(), local_node).expect("a client");
+    assert!(announcer.is_none(), "nothing is announced by default");
     let opened = timeout(DEADLINE, opening.complete()).await;
     opened.expect("complete before the deadline").expect("followed")
 }
@@ -207,7 +208,8 @@ async fn nothing_is_in_use_before_everything_is_listed() {
         cgroups: CgroupLayout::Cgroupfs,
         ranges: Arc::default(),
     };
-    let opening = start(config, EnrolLabel::default(), local_node).expect("a client").complete();
+    let (opening, _) = start(config, &Options::default(), local_node).expect("a client");
+    let opening = opening.complete();
     let mut opening = std::pin::pin!(opening);
     let pods_known = async {
         server.watches(PODS, 1).await;

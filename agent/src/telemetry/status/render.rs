@@ -1,9 +1,9 @@
 //! A status as text for a terminal. Colour repeats what the words say, it never says it alone.
 
 use super::{
-    AgentState, CertificateStatus, CniStatus, ConnectionStatus, HookProgramStatus, NodeStateStatus,
-    NodesStatus, PartyStatus, PodState, PodStatus, RejectionStatus, ResourcesStatus, ShareStatus, Status,
-    UnnamedStatus,
+    AgentState, AnnounceStatus, CertificateStatus, CniStatus, ConnectionStatus, HookProgramStatus,
+    NodeStateStatus, NodesStatus, PartyStatus, PodState, PodStatus, RejectionStatus, ResourcesStatus,
+    ShareStatus, Status, UnnamedStatus,
 };
 use crate::telemetry::table::{Cell, Colour, Style, Table};
 
@@ -180,6 +180,19 @@ impl Page {
         self.node_state(&status.node_state);
         if let Some(cni) = &status.cni {
             self.cni(cni);
+        }
+        if let Some(announced) = &status.announced {
+            self.announced(announced);
+        }
+    }
+
+    fn announced(&mut self, AnnounceStatus { pods, pending, failures, last_error, .. }: &AnnounceStatus) {
+        self.line(&format!("  announced for HBONE: {pods} pods, {pending} pending"));
+        if let Some(error) = last_error {
+            self.note(
+                Style::Bad,
+                &format!("announcements failed {failures} times and are repeated: {error}"),
+            );
         }
     }
 

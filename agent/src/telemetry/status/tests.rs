@@ -106,6 +106,13 @@ pub(in crate::telemetry) fn sample() -> Status {
             configuration: None,
             error: Some("cannot read /etc/cni/net.d: denied".to_owned()),
         }),
+        announced: Some(AnnounceStatus {
+            pods: 3,
+            pending: 1,
+            patches: 5,
+            failures: 7,
+            last_error: Some("pod shop/web: pods \"web\" is forbidden".to_owned()),
+        }),
         unnamed: UnnamedStatus {
             held: 2,
             left_alone: 1,

@@ -14,7 +14,7 @@ pub(super) fn workspace() -> Workspace {
 }
 
 /// Kind, namespace and name decide which object it is.
-fn by_name(objects: Vec<Value>) -> BTreeMap<String, Value> {
+pub(super) fn by_name(objects: Vec<Value>) -> BTreeMap<String, Value> {
     let key = |object: &Value| format!("{} {}", object["metadata"]["namespace"], name_of(object));
     let count = objects.len();
     let named: BTreeMap<String, Value> = objects.into_iter().map(|object| (key(&object), object)).collect();

@@ -156,10 +156,14 @@ impl DirectoryStore {
         // Only the agent of its node uses the cgroup.
         let is_here = *pod.spec.node_name == *self.local_node.node;
         self.mirrors.remove(name);
-        match pod.metadata.annotations.redirection.as_deref() {
-            Some("enabled") => self.redirected.insert(name.to_owned()),
-            _ => self.redirected.remove(name),
+        // An agent's own annotation does not outlive the enrolment, so a pod that was released is not reached by HBONE until it is removed.
+        match pod.is_redirected() && !pod.is_marked() {
+            true => self.redirected.insert(name.to_owned()),
+            false => self.redirected.remove(name),
         };
+        if is_here && let Some(own_pods) = &mut self.own_pods {
+            own_pods.set(name, &pod);
+        }
         let cgroup = if is_here { self.cgroup(&pod, name, problems)? } else { PathBuf::default() };
         let account = pod_service_account(&pod.spec.service_account_name);
         let identity = self.interner.identity(&self.local_node, &pod.metadata.namespace, account)?;
@@ -229,6 +233,9 @@ impl DirectoryStore {
         self.problems.clear(full);
         self.mirrors.remove(full);
         self.redirected.remove(full);
+        if let Some(own_pods) = &mut self.own_pods {
+            own_pods.remove(full);
+        }
         self.refuse_heirs(full);
         let Some((namespace, name)) = full.split_once('/') else { return };
         if self.directory.unset_host_network(namespace, name) {

@@ -181,6 +181,49 @@ fn a_pod_that_a_ztunnel_serves_speaks_hbone_unless_this_mesh_enrols_it() {
     assert_eq!(protocol_of(&store, "web"), Some(Protocol::None), "another pod of the name");
 }
 
+/// The annotation is removed after the release. Until then the pod must not look like one of a ztunnel.
+#[test]
+fn a_pod_that_an_agent_announced_is_never_taken_for_one_of_a_ztunnel() {
+    let mut store = listed();
+    store.follow_own_pods();
+    let announced = |label: Option<&'static str>, node: &str| {
+        pod("web", node, "10.77.1.2", move |value| {
+            value["metadata"]["annotations"] =
+                json!({"ambient.istio.io/redirection": "enabled", "tacit.io/announced": "true"});
+            if let Some(label) = label {
+                value["metadata"]["labels"]["tacit.io/enrol"] = json!(label);
+            }
+        })
+    };
+    for node in ["a", "b"] {
+        for (label, expected) in
+            [(Some("true"), Protocol::Tacit), (Some("false"), Protocol::None), (None, Protocol::None)]
+        {
+            store.apply_change(Change::Applied(announced(label, node)));
+            assert_eq!(protocol_of(&store, "web"), Some(expected), "{label:?} on {node}");
+            let has_changed = store.take_changed().is_some();
+            assert!(has_changed || label.is_none());
+            let own = store.take_own_pods(has_changed).expect("its labels have changed");
+            let own: Vec<(bool, bool, bool)> =
+                own.iter().map(|pod| (pod.is_enrolled, pod.is_redirected, pod.is_marked)).collect();
+            let is_enrolled = label == Some("true");
+            // Another node's pods are not this agent's.
+            assert_eq!(own, if node == "a" { vec![(is_enrolled, true, true)] } else { vec![] });
+        }
+        store.apply_change(Change::Deleted(announced(None, node)));
+        let has_changed = store.take_changed().is_some();
+        assert!(store.take_own_pods(has_changed).expect("it was deleted").is_empty());
+    }
+    store.apply_change(Change::Applied(pod("web", "a", "10.77.1.2", as_is)));
+    for label in [Some("true"), None] {
+        store.apply_change(Change::Applied(namespace("shop", label)));
+        let has_changed = store.take_changed().is_some();
+        let own = store.take_own_pods(has_changed).expect("the namespace has changed");
+        assert_eq!((own[0].is_enrolled, own[0].is_marked), (label.is_some(), false), "by its namespace");
+        assert_eq!(own[0].cgroup, store.directory.named("shop", "web").expect("known").cgroup);
+    }
+}
+
 #[test]
 fn a_namespace_enrols_and_releases_running_pods() {
     let mut store = listed();
