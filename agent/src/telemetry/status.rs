@@ -8,30 +8,27 @@ mod connection;
 mod exceptions;
 mod render;
 mod revocation;
+mod timestamp;
 
 use std::{
     collections::BTreeMap,
     fmt,
     net::{IpAddr, SocketAddr},
-    str::FromStr,
-    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+use serde::{Deserialize, Serialize};
 use tacit_core::shares::{self, ShareUse};
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 pub use connection::{ConnectionStatus, RejectionStatus, ResourcesStatus};
 pub use exceptions::ExceptionStatus;
 pub use render::render;
 pub use revocation::RevocationListStatus;
+pub use timestamp::Timestamp;
 
 /// Flows listed in a status, a number; beyond it they are counted only. Some 400 bytes each.
 pub const FLOWS_LISTED_MAX: usize = 1000;
 /// Ranges of the mesh listed in a status, a number; beyond it they are counted only.
 pub const RANGES_LISTED_MAX: usize = 100;
-/// 9999-12-31T23:59:59Z, the last second RFC 3339 can write, in seconds since 1970.
-const RFC3339_LAST: u64 = 253_402_300_799;
 
 /// The whole agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -551,56 +548,6 @@ impl ShareStatus {
             full,
             refused: usage.refused,
         }
-    }
-}
-
-/// A moment, to the second, between 1970 and 9999; one outside is moved to the nearer end. RFC 3339 as text.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Timestamp {
-    unix_seconds: u64,
-}
-
-impl Timestamp {
-    /// Seconds since 1970.
-    #[must_use]
-    pub fn unix_seconds(self) -> u64 {
-        self.unix_seconds
-    }
-}
-
-impl From<SystemTime> for Timestamp {
-    fn from(time: SystemTime) -> Self {
-        let since = time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-        Self { unix_seconds: since.as_secs().min(RFC3339_LAST) }
-    }
-}
-
-impl fmt::Display for Timestamp {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let seconds = i64::try_from(self.unix_seconds).map_err(|_| fmt::Error)?;
-        let time = OffsetDateTime::from_unix_timestamp(seconds).map_err(|_| fmt::Error)?;
-        f.write_str(&time.format(&Rfc3339).map_err(|_| fmt::Error)?)
-    }
-}
-
-impl FromStr for Timestamp {
-    type Err = time::error::Parse;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let seconds = OffsetDateTime::parse(text, &Rfc3339)?.unix_timestamp();
-        Ok(Self { unix_seconds: u64::try_from(seconds).unwrap_or(0).min(RFC3339_LAST) })
-    }
-}
-
-impl Serialize for Timestamp {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Timestamp {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
     }
 }
 
