@@ -140,7 +140,7 @@ impl HboneConnections {
         let (tell, told) = watch::channel(false);
         server.connecting = Some(told);
         drop(servers);
-        all.make_room(key.pod);
+        all.close_beyond(Some(key.pod));
         Found::Connect(Connecting { proxy: proxy.clone(), worker, key: key.clone(), tell })
     }
 
@@ -153,27 +153,40 @@ impl HboneConnections {
     }
 
     fn add(&self, worker: usize, key: &PoolKey, client: Client) {
+        self.close_beyond(Some(key.pod));
         let mut servers = self.servers(worker);
         let server = self.server(&mut servers, key);
         server.connections.retain(|kept| kept.client.is_open());
         server.connections.push(Kept { client, used: Instant::now() });
     }
 
-    /// Closes connections without flows, those that are idle for the longest time first, until the pod and the node have room for one more.
-    fn make_room(&self, pod: PodId) {
+    /// Closes connections without flows beyond the bounds, those that are idle for the longest time first. Leaves room for one of `joining`.
+    fn close_beyond(&self, joining: Option<PodId>) {
         let Bounds { total, each } = self.bounds;
         let mut idle = self.idle();
+        let mut of_pod: HashMap<PodId, u64> = HashMap::new();
+        idle.iter().for_each(|(pod, ..)| *of_pod.entry(*pod).or_default() += 1);
         idle.sort_by_key(|(.., used)| *used);
-        let mut own = idle.iter().filter(|(owner, ..)| *owner == pod).count() as u64;
-        let mut all = idle.len() as u64;
-        for (owner, client, _) in idle {
-            let is_own = owner == pod;
-            if (own >= each && is_own) || all >= total {
+        let (mut all, mut is_any_closed) = (idle.len() as u64 + u64::from(joining.is_some()), false);
+        if let Some(pod) = joining {
+            *of_pod.entry(pod).or_default() += 1;
+        }
+        for (pod, client, _) in idle {
+            let own = of_pod.entry(pod).or_default();
+            if *own > each || all > total {
                 client.close();
                 self.displaced.fetch_add(1, Relaxed);
-                own -= u64::from(is_own);
+                *own -= 1;
                 all -= 1;
+                is_any_closed = true;
             }
+        }
+        if is_any_closed {
+            // What the table holds of a connection keeps it open.
+            self.retain(|_, server| {
+                server.connections.retain(|kept| kept.client.is_open());
+                true
+            });
         }
     }
 
@@ -229,6 +242,7 @@ impl HboneConnections {
             let is_wanted = now.duration_since(server.searched) < IDLE || server.connecting.is_some();
             is_enrolled && (is_wanted || !server.connections.is_empty())
         });
+        self.close_beyond(None);
     }
 
     /// Has no more flows open on connections whose peers are not trusted any more: by revocation lists, or by the roots of a federated

@@ -128,8 +128,9 @@ pub(super) async fn raced(
     connect: impl Future<Output = Result<Outgoing, Refusal>>,
 ) -> Raced {
     let mut connect = pin!(connect);
-    let is_dead =
-        |answer: &Result<_, OpenError>| matches!(answer, Err(OpenError::Silent | OpenError::Stale(_)));
+    let is_dead = |answer: &Result<_, OpenError>| {
+        answer.as_ref().is_err_and(|error| matches!(error, OpenError::Silent) || error.is_of_connection())
+    };
     let answered = |answer: Result<FlowStream, OpenError>, spare| {
         let answer = answer.map_err(|error| refused(key, error));
         Raced::Answered { answer: answer.map(|stream| Box::new(Stream { stream, place })), spare }

@@ -77,6 +77,7 @@ impl Connected {
         let state = Arc::new(State {
             streams: AtomicUsize::new(0),
             window_bytes: AtomicU32::new(window_bytes),
+            refused_beyond: AtomicUsize::new(CLIENT_STREAMS_MAX),
             is_closed: AtomicBool::new(false),
         });
         let client = Client { send, peer: Arc::new(peer), state: state.clone() };
@@ -92,6 +93,8 @@ struct State {
     streams: AtomicUsize,
     /// The window that a stream shall have.
     window_bytes: AtomicU32,
+    /// The server has refused a stream beyond so many, whatever it has announced.
+    refused_beyond: AtomicUsize,
     /// No further place is given.
     is_closed: AtomicBool,
 }
@@ -142,9 +145,12 @@ impl Connection {
             return Poll::Ready(ended.map_err(|error| self.peer.failure(error)));
         }
         let announce = |bytes| {
-            // It leaves with the next turn.
-            cx.waker().wake_by_ref();
-            self.connection.set_initial_window_size(bytes).is_ok()
+            let is_announced = self.connection.set_initial_window_size(bytes).is_ok();
+            if is_announced {
+                // It leaves with the next turn.
+                cx.waker().wake_by_ref();
+            }
+            is_announced
         };
         if !self.window.set(self.state.window_bytes.load(Relaxed), announce) {
             // A new connection has the smaller window from its begin.
@@ -191,7 +197,7 @@ impl Client {
     /// Returns the number of flows that the connection carries at a time, as far as is known.
     #[must_use]
     pub fn streams_max(&self) -> usize {
-        self.send.current_max_send_streams().min(CLIENT_STREAMS_MAX)
+        self.send.current_max_send_streams().min(self.state.refused_beyond.load(Relaxed))
     }
 
     /// Returns false if no more flows can be opened.
@@ -209,6 +215,15 @@ impl Client {
     /// Gives no further place. Flows that have one go on.
     pub fn close(&self) {
         self.state.is_closed.store(true, Relaxed);
+    }
+
+    /// Notes that the server carries fewer flows than have a place. A connection that carries none is of no use.
+    fn take_fewer(&self) {
+        let fewer = self.state.streams.load(Relaxed).saturating_sub(1);
+        self.state.refused_beyond.fetch_min(fewer, Relaxed);
+        if fewer == 0 {
+            self.close();
+        }
     }
 
     /// Marks the connection as ended, before it has processed a request.
@@ -382,6 +397,7 @@ impl Asked {
             // The agent's own GOAWAY says nothing about the request.
             Err(error) if error.is_go_away() && error.is_remote() => Err(self.client.ended(error)),
             Err(error) if error.is_remote() && error.reason() == Some(Reason::REFUSED_STREAM) => {
+                self.client.take_fewer();
                 Err(OpenError::Full)
             }
             Err(error) if error.is_reset() => {

@@ -49,6 +49,11 @@ impl<S: ValueSet> ValueMatch<S> {
         self.any.as_ref().is_none_or(&has_one_of) && !self.none.as_ref().is_some_and(&has_one_of)
     }
 
+    /// Returns true if the flow has a value of the list that it must have one of, if there is one.
+    pub(super) fn holds_any(&self, has_one_of: impl Fn(&S) -> bool) -> bool {
+        self.any.as_ref().is_none_or(has_one_of)
+    }
+
     /// Returns true if nothing is asked for.
     pub(super) fn is_absent(&self) -> bool {
         self.any.is_none() && self.none.is_none()

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::matching::{Blocks, Patterns, PortSet, ServiceAccounts, ValueMatch};
+use super::matching::{Blocks, Patterns, PortSet, ServiceAccounts, ValueMatch, ValueSet};
 use crate::{
     policy::{Flow, FlowSource},
     spiffe::{SpiffeId, TrustDomain},
@@ -107,8 +107,7 @@ impl<'a> FlowAttributes<'a> {
         }
     }
 
-    /// Returns the attributes for ALLOW rules. There, a rule for namespaces or accounts admits none of a federated trust domain, unless
-    /// it names that: both domains may have a namespace of the same name. Other rules match both, so that they deny more.
+    /// Returns the attributes for ALLOW rules, see [`FlowAttributes::names_hold`].
     pub(super) fn in_allow_rules(self) -> Self {
         Self { is_own_meant: true, ..self }
     }
@@ -117,32 +116,46 @@ impl<'a> FlowAttributes<'a> {
         self.principals.iter().any(|principal| patterns.matches(principal))
     }
 
-    /// `by_domain` if the rule asks for trust domains too.
-    fn has_namespace(&self, patterns: &Patterns, by_domain: bool) -> bool {
-        self.named(by_domain).is_some_and(|identity| patterns.matches(identity.namespace()))
+    /// Returns true if a condition on namespaces or accounts holds. `has` reports whether an identity has a value of a list.
+    ///
+    /// Two trust domains may have the same names. If the rule does not say which domain it means (`by_domain`), a source of a federated
+    /// domain satisfies no such condition of an ALLOW rule. In other rules it has the names that are listed, and is never one that a rule
+    /// leaves out, so that they deny more.
+    fn names_hold<S: ValueSet>(
+        &self,
+        by_domain: bool,
+        names: &ValueMatch<S>,
+        has: impl Fn(&S, &SpiffeId) -> bool,
+    ) -> bool {
+        let has_one_of = |list: &S| self.identity.is_some_and(|identity| has(list, identity));
+        if by_domain || !self.is_federated {
+            return names.holds(has_one_of);
+        }
+        if self.is_own_meant { names.is_absent() } else { names.holds_any(has_one_of) }
+    }
+
+    /// Returns true if principals that the source must have tell its trust domain from the mesh's own.
+    fn is_domain_meant(&self, principals: &Patterns) -> bool {
+        self.identity.is_some_and(|id| {
+            !principals.matches(&format!("{OWN_DOMAIN}/ns/{}/sa/{}", id.namespace(), id.service_account()))
+        })
     }
 
     /// [`OWN_DOMAIN`] is no alias here: a policy that names a trust domain means that domain.
     fn has_trust_domain(&self, patterns: &Patterns) -> bool {
         self.trust_domains.iter().any(|domain| patterns.matches(domain))
     }
-
-    fn has_account(&self, accounts: &ServiceAccounts, by_domain: bool) -> bool {
-        self.named(by_domain).is_some_and(|identity| accounts.has(identity))
-    }
-
-    /// The identity, if its namespace and account may be meant.
-    fn named(&self, by_domain: bool) -> Option<&SpiffeId> {
-        self.identity.filter(|_| by_domain || !self.is_federated || !self.is_own_meant)
-    }
 }
 
 impl SourceMatch {
     fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
-        let by_domain = self.principals.asks() || self.trust_domains.asks();
+        let by_domain = flow.is_federated
+            && (self.trust_domains.asks()
+                || self.principals.asks()
+                    && self.principals.holds_any(|principals| flow.is_domain_meant(principals)));
         self.principals.holds(|patterns| flow.has_principal(patterns))
-            && self.namespaces.holds(|patterns| flow.has_namespace(patterns, by_domain))
-            && self.service_accounts.holds(|accounts| flow.has_account(accounts, by_domain))
+            && flow.names_hold(by_domain, &self.namespaces, |list, id| list.matches(id.namespace()))
+            && flow.names_hold(by_domain, &self.service_accounts, ServiceAccounts::has)
             && self.trust_domains.holds(|patterns| flow.has_trust_domain(patterns))
             && self.blocks.holds(|blocks| blocks.contain(flow.client))
     }
@@ -223,8 +236,10 @@ impl Condition {
     fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
         match self {
             Self::SourceIp(blocks) => blocks.holds(|blocks| blocks.contain(flow.client)),
-            Self::SourceNamespace(patterns) => patterns.holds(|patterns| flow.has_namespace(patterns, false)),
-            Self::SourceAccount(accounts) => accounts.holds(|accounts| flow.has_account(accounts, false)),
+            Self::SourceNamespace(names) => {
+                flow.names_hold(false, names, |list, id| list.matches(id.namespace()))
+            }
+            Self::SourceAccount(accounts) => flow.names_hold(false, accounts, ServiceAccounts::has),
             Self::SourcePrincipal(patterns) => patterns.holds(|patterns| flow.has_principal(patterns)),
             Self::SourceTrustDomain(patterns) => patterns.holds(|patterns| flow.has_trust_domain(patterns)),
             Self::DestinationIp(blocks) => blocks.holds(|blocks| blocks.contain(flow.server)),

@@ -46,6 +46,15 @@ fn the_trust_domain_goes_by_its_aliases_and_a_federated_one_by_its_own_name_alon
         ("namespaces: [shop], principals: [partner.example/*]", neither, both),
         ("namespaces: [shop], notTrustDomains: [prod.example]", neither, [false, true]),
         ("namespaces: [bank]", neither, neither),
+        // An ALLOW rule that leaves names out admits no source of another domain. A DENY rule denies them, whatever they are called.
+        ("notNamespaces: [bank]", both, [false, true]),
+        ("notNamespaces: [shop]", neither, [false, true]),
+        ("notServiceAccounts: [shop/cart]", neither, [false, true]),
+        ("notNamespaces: [shop], trustDomains: [partner.example]", neither, neither),
+        ("notNamespaces: [bank], trustDomains: [partner.example]", neither, both),
+        // A pattern of principals that the own domain has too names no domain.
+        ("namespaces: [shop], principals: ['*']", both, [false, true]),
+        ("namespaces: [shop], principals: ['*/ns/shop/sa/cart']", both, [false, true]),
     ] {
         assert_eq!((matches_by(rule, &own), matches_by(rule, &partner)), (of_own, of_partner), "{rule}");
     }
