@@ -3,7 +3,9 @@
 use h2::server;
 use http::{Response, request::Parts};
 use rustls::ServerConfig;
+use std::future::Future as _;
 use tacit_core::refusal::RefusalReason;
+
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_rustls::TlsAcceptor;
 
@@ -323,4 +325,39 @@ async fn a_server_that_rejects_the_certificate_is_told_apart_from_one_that_is_go
     };
     assert!(asked.to_string().contains("TLS alert"), "{asked}");
     assert!(!client.is_open());
+}
+
+#[tokio::test]
+async fn a_server_that_acknowledges_no_smaller_window_costs_no_turns() {
+    let (near, far) = connection().await;
+    let ((client, mut connection), other) = tokio::join!(begun_client(near), other(far, 200));
+    soon(connection.settled()).await.expect("SETTINGS");
+    other.commands.send(Do::Hang).expect("served");
+    // The first change waits for its acknowledgement, and the second one for the first.
+    let windows = [WINDOW / 4, WINDOW / 16];
+    let mut turns = 0;
+    for window in windows {
+        let _place = client.place(window).expect("room");
+        let mut run = std::pin::pin!(connection.run());
+        let counted = std::future::poll_fn(|cx| {
+            turns += 1;
+            run.as_mut().poll(cx)
+        });
+        let ended = tokio::time::timeout(Duration::from_millis(100), counted).await;
+        assert!(ended.is_err(), "the connection has ended");
+    }
+    assert!(turns < 50, "{turns} turns");
+}
+
+#[tokio::test]
+async fn a_stream_that_a_server_refuses_lowers_the_number_of_places() {
+    let (client, _task, mut other) = with_other(200).await;
+    let (_held, _first) = ask(&client).await;
+    other.next().await;
+    let (place, mut asked) = ask(&client).await;
+    other.next().await.respond.send_reset(Reason::REFUSED_STREAM);
+    let refused = soon(asked.acknowledged()).await.err().expect("refused");
+    assert!(matches!(refused, OpenError::Full), "{refused}");
+    drop(place);
+    assert!(client.is_open() && client.place(WINDOW).is_none(), "more than the server takes");
 }
