@@ -262,3 +262,25 @@ fn routes(mesh: &Mesh, action: &str) -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+#[ignore = "needs root"]
+fn connections_that_carry_no_flow_any_more_have_a_bound() -> Result<()> {
+    let mesh = mesh(plan("houtx").descriptors(2048), Tunnel::Hbone)?;
+    // A connection for each flow.
+    let server = HboneServer::start(&mesh, Serve { streams_max: 1, ..Serve::default() })?;
+    let [to, _] = addresses(&mesh)?;
+    let events = Client::with_args(mesh.pod("web")?, &["flows", "80", &to.to_string()])?.finish()?;
+    let done =
+        events.iter().find(|event| event["event"] == "flows").with_context(|| format!("{events:?}"))?;
+    ensure!(done["echoed"] == 80, "{done}");
+    ensure!(server.connections() >= 80, "{} connections", server.connections());
+    observe::wait_status(mesh.agent("b")?, "connections within their share", |status| {
+        let shares = status["shares"].as_array()?;
+        let share = shares.iter().find(|share| share["resource"] == "hbone_connections")?;
+        let (used, each) = (share["used"].as_u64()?, share["holder_limit"].as_u64()?);
+        (used > 0 && used <= each && each < 80).then_some(())
+    })?;
+    // Those that are left carry the next flow.
+    Client::echo(mesh.pod("web")?, to, "again")
+}
