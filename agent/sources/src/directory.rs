@@ -97,9 +97,7 @@ fn start(
     match options.announce {
         Announce::None => Ok((kubernetes::start(config, store, watch_tasks)?, None)),
         Announce::Ambient => {
-            let (store, pods) = AnnouncedStore::new(store);
-            let announcer = Announcer::new(config.clone(), pods);
-            let announcer = announcer.map_err(|error| KubernetesError::Client(Box::new(error)))?;
+            let (store, announcer) = announced(store, config.clone())?;
             Ok((kubernetes::start(config, store, watch_tasks)?, Some(announcer)))
         }
     }
@@ -123,17 +121,17 @@ pub(crate) fn start_with_istiod<F>(
     local_node: LocalNode,
     name: String,
     follow: impl FnOnce(mpsc::Sender<Update<ResourceKind, Object>>) -> F,
-) -> Result<Opening<Directory>, KubernetesError>
+) -> Result<(Opening<Directory>, Option<Announcer>), KubernetesError>
 where
     F: Future<Output = ()> + Send + 'static,
 {
-    let client = kubernetes::client(config)?;
+    let client = kubernetes::client(config.clone())?;
     let own = format!("spec.nodeName={},status.phase!=Succeeded,status.phase!=Failed", local_node.node);
     let enrol = options.local.enrol_label.clone();
     let store = DirectoryStore::with_istiod(enrol, local_node, options.place.clone());
     let (news, updates) = mpsc::channel(DirectoryStore::CHANGES_MAX);
     let istiod = follow(news.clone());
-    Ok(publish_of(name, store, updates, move || {
+    let watch = move || {
         let mut watch_tasks = WatchTasks::new();
         watch_tasks.spawn(list_and_watch::<Namespace>(client.clone(), news.clone()));
         watch_tasks.spawn(list_and_watch_selected::<Pod>(client.clone(), news.clone(), own));
@@ -142,7 +140,21 @@ where
         watch_tasks.spawn(list_and_watch::<ServiceCidr>(client, news));
         watch_tasks.spawn(istiod);
         watch_tasks
-    }))
+    };
+    match options.local.announce {
+        Announce::None => Ok((publish_of(name, store, updates, watch), None)),
+        Announce::Ambient => {
+            let (store, announcer) = announced(store, config)?;
+            Ok((publish_of(name, store, updates, watch), Some(announcer)))
+        }
+    }
+}
+
+/// Returns the store with the announcer of this node's pods.
+fn announced(store: DirectoryStore, config: Config) -> Result<(AnnouncedStore, Announcer), KubernetesError> {
+    let (store, pods) = AnnouncedStore::new(store);
+    let announcer = Announcer::new(config, pods);
+    Ok((store, announcer.map_err(|error| KubernetesError::Client(Box::new(error)))?))
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use tacit_core::{directory::Directory, policy::Policies};
 use tokio::sync::{mpsc, watch};
 
 use crate::{
-    directory::{LocalNode, MeshPlace, Options as DirectoryOptions},
+    directory::{Announcer, LocalNode, MeshPlace, Options as DirectoryOptions},
     kubernetes::{KubernetesError, ObjectStore as _, access, publish},
     policy::MeshSettings,
     reload::Opening,
@@ -78,6 +78,8 @@ pub struct Sources {
     pub directory: Opening<Directory>,
     /// The policies, if they are istiod's too.
     pub policies: Option<Opening<Policies>>,
+    /// The announcer of this node's pods, if the options ask for announcements.
+    pub announcer: Option<Announcer>,
 }
 
 /// Starts to follow istiod, and the API for the pods of this node. Policies are istiod's if `policies` is given.
@@ -108,10 +110,11 @@ pub async fn open(
     let node = node(options, &local_node.node);
     let origin = format!("https://{}", options.address);
     let dial = (Arc::clone(&options.dial), origin);
-    let directory = crate::directory::start_with_istiod(config, options, local_node, name(), |directory| {
-        Client::new(dial, node, own, Sinks { directory, policies: of_policies }, state).run()
-    })?;
-    Ok(Sources { directory: directory.with_connection(connection), policies })
+    let (directory, announcer) =
+        crate::directory::start_with_istiod(config, options, local_node, name(), |directory| {
+            Client::new(dial, node, own, Sinks { directory, policies: of_policies }, state).run()
+        })?;
+    Ok(Sources { directory: directory.with_connection(connection), policies, announcer })
 }
 
 /// Returns the node that istiod expects of a proxy for the pods of a node.

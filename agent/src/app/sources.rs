@@ -149,7 +149,8 @@ async fn open_directory(config: &Config, pods_cgroup: &Path) -> Result<OpenedDir
             let options = istiod::options(istiod, config).await?;
             let settings = matches!(config.policy, Source::Istiod(())).then(|| mesh_settings(config));
             let opened = tacit_sources::istiod::open(&options, local_node, settings).await.map_err(failed)?;
-            Ok(OpenedDirectory { directory: opened.directory, policies: opened.policies, announcer: None })
+            let tacit_sources::istiod::Sources { directory, policies, announcer } = opened;
+            Ok(OpenedDirectory { directory, policies, announcer })
         }
     }
 }

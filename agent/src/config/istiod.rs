@@ -12,7 +12,8 @@ use tacit_sources::{
 
 use super::{issuer, kubernetes};
 
-pub(super) const DIRECTORY_FIELDS: [&str; 10] = [
+pub(super) const DIRECTORY_FIELDS: [&str; 11] = [
+    "announce",
     "address",
     "serverName",
     "rootFile",

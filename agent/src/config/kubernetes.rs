@@ -17,18 +17,15 @@ pub(super) fn directory(value: &Value<'_>, folder: &Path) -> Option<DirectoryOpt
     if value.is_null() {
         return Some(DirectoryOptions::default());
     }
-    let mut fields = value.fields(&DIRECTORY_FIELDS)?;
-    let announce = fields.or("announce", Announce::None, |v| v.parse(announce));
-    let options = local(&mut fields, folder);
-    Some(DirectoryOptions { announce: announce?, ..options? })
+    local(&mut value.fields(&DIRECTORY_FIELDS)?, folder)
 }
 
 /// Decodes the fields that a directory from istiod has too.
 pub(super) fn local(fields: &mut Fields<'_>, folder: &Path) -> Option<DirectoryOptions> {
     let enrol_label = fields.or("enrolLabel", EnrolLabel::default(), |v| v.parse(label));
     let kubeconfig = kubeconfig(fields, folder);
-    let announce = Announce::None;
-    Some(DirectoryOptions { announce, enrol_label: enrol_label?, kubeconfig: kubeconfig? })
+    let announce = fields.or("announce", Announce::None, |v| v.parse(announce));
+    Some(DirectoryOptions { announce: announce?, enrol_label: enrol_label?, kubeconfig: kubeconfig? })
 }
 
 pub(super) fn policy(value: &Value<'_>, folder: &Path) -> Option<PolicyOptions> {

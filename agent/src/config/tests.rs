@@ -502,11 +502,14 @@ fn directory_and_policies_can_come_from_istiod() {
     assert_eq!(tls.local, DirectoryOptions::default());
     let clear = istiod(
         "{istiod: {address: \"[::1]:15010\", plaintext: true, clusterId: c, network: n, \
-         enrolLabel: a=b, kubeconfig: k}}",
+         announce: ambient, enrolLabel: a=b, kubeconfig: k}}",
     );
     assert_eq!(clear.access, istiod::IstiodAccess::Plaintext { address: "[::1]:15010".to_owned() });
     assert_eq!((clear.place.cluster.as_str(), clear.place.network.as_str()), ("c", "n"));
-    assert_eq!(clear.local.enrol_label.to_string(), "a=b");
+    assert_eq!(
+        (clear.local.enrol_label.to_string(), clear.local.announce),
+        ("a=b".to_owned(), Announce::Ambient)
+    );
     for (directory, problem) in [
         ("{istiod: {}}", "directory.istiod.address: missing"),
         ("{istiod: {address: istiod, plaintext: true}}", "no host with a port"),

@@ -23,7 +23,7 @@ const TEXT: &str = "text of a mesh of istiod";
 struct Cluster {
     agents: Vec<Agent>,
     istiod: Istiod,
-    _apis: Vec<Api>,
+    apis: Vec<Api>,
     mesh: Mesh,
 }
 
@@ -58,7 +58,7 @@ impl Cluster {
             let lines =
                 config.lines().filter(|line| !line.starts_with("directory:") && !line.starts_with("policy:"));
             let directory = format!(
-                "directory: {{istiod: {{address: \"{address}\", plaintext: true, kubeconfig: kubeconfig.yaml}}}}"
+                "directory: {{istiod: {{address: \"{address}\", plaintext: true, announce: ambient, kubeconfig: kubeconfig.yaml}}}}"
             );
             let lines = lines.chain([
                 directory.as_str(),
@@ -73,7 +73,7 @@ impl Cluster {
             agents.push(agent);
             apis.push(api);
         }
-        Ok(Self { agents, istiod, _apis: apis, mesh })
+        Ok(Self { agents, istiod, apis, mesh })
     }
 
     fn servers(&self) -> Result<Vec<Server>> {
@@ -125,6 +125,17 @@ fn istiods_workloads_policies_and_waypoints_hold_also_while_it_is_away() -> Resu
     ensure!(cluster.echo(&servers, "stranger")? > 0, "the positive control has no plaintext");
     let status = observe::status(b)?;
     ensure!(connection(&status)["resources"][0]["count"] == 2, "{}", connection(&status));
+
+    // A ztunnel would reach them by HBONE.
+    for api in &cluster.apis {
+        let announced = || {
+            let mut patches = api.patches().into_iter();
+            patches.any(|patched| {
+                patched.patch["metadata"]["annotations"]["ambient.istio.io/redirection"] == "enabled"
+            })
+        };
+        tacit_topology::until("the pod is announced", || Ok(announced().then_some(())))?;
+    }
 
     // A converted PeerAuthentication makes the server STRICT.
     cluster.istiod.change(|world| world.workloads[1].policies = vec![server::STRICT.to_owned()]);
