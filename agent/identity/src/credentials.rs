@@ -113,6 +113,24 @@ impl Credentials {
         Self { own_roots, ..self }
     }
 
+    /// Returns credentials with the same key and certificate, and with other roots, at least one.
+    #[must_use]
+    pub(crate) fn with_roots(&self, roots: Arc<RootCertStore>) -> Self {
+        Self {
+            identity: self.identity.clone(),
+            roots,
+            trust: self.trust.clone(),
+            own_roots: self.own_roots.clone(),
+            not_before: self.not_before,
+            not_after: self.not_after,
+            serial: self.serial.clone(),
+            certified: self.certified.clone(),
+            client: OnceLock::new(),
+            clients: Mutex::default(),
+            server: OnceLock::new(),
+        }
+    }
+
     /// The certificate chain, own certificate first.
     #[must_use]
     pub fn chain(&self) -> &[CertificateDer<'static>] {

@@ -44,7 +44,7 @@ pub struct Identities {
     /// What all their peers are held to.
     trust: Arc<PeerTrust>,
     slots: Arc<Slots>,
-    /// Told after each attempt.
+    /// Told after each attempt, and after a change of roots.
     changes: watch::Sender<()>,
     /// Told after a root was removed.
     removals: watch::Sender<()>,
@@ -300,6 +300,12 @@ impl Shared {
         }
     }
 
+    /// Holds peers to these roots, at least one, whatever becomes of the next certificate. Returns true if they are others.
+    fn hold_roots(&self, roots: Arc<RootCertStore>) -> bool {
+        let held = self.credentials.load_full().filter(|held| held.roots.roots != roots.roots);
+        held.map(|held| self.hold(held.with_roots(roots))).is_some()
+    }
+
     fn failed(&self, error: IssueError) {
         let mut progress = self.progress();
         progress.failures = progress.failures.saturating_add(1);
@@ -369,8 +375,15 @@ async fn follow(
         }
     };
     let mut expires = None;
+    let mut roots = subscription.roots();
     loop {
         let outcome = tokio::select! {
+            latest = roots.next() => {
+                if shared.hold_roots(latest) {
+                    changes.send_replace(());
+                }
+                continue;
+            }
             outcome = subscription.next() => outcome,
             () = sleep_until(expires) => Err(IssueError::NotRenewed),
         };

@@ -112,6 +112,54 @@ async fn a_renewed_svid_and_new_roots_are_taken_up() {
     assert_eq!(credentials(&mut subscription).await.roots.len(), 1);
 }
 
+/// Waits until the credentials in use have this many roots.
+async fn roots_in_use(identities: &Identities, count: usize) -> Arc<Credentials> {
+    let mut changes = identities.changes();
+    loop {
+        // Asks for the identity, at first.
+        let _ = identities.ready(&web());
+        match identities.current(&web()) {
+            Some(held) if held.roots.len() == count => return held,
+            _ => timeout(LONG, changes.changed()).await.expect("a change").expect("a sender"),
+        }
+    }
+}
+
+fn roots_of(ca: &Ca) -> Arc<RootCertStore> {
+    let bundles = ca.bundles().bundles;
+    let bundles = bundles.iter().map(|(name, der)| (name.as_str(), der.as_slice()));
+    let domain = TrustDomain::parse(DOMAIN).expect("valid");
+    Bundles::read(bundles, &domain, SystemTime::now()).expect("a root").own
+}
+
+#[tokio::test]
+async fn a_root_that_is_gone_is_not_trusted_though_the_svid_is_refused() {
+    let (ca, next_ca) = (Ca::new(DOMAIN), Ca::new(DOMAIN));
+    for svids_before in [None, Some(ca.svids(&[])), Some(ca.svids(&["spiffe://example.org/ns/shop/sa/db"]))] {
+        let spire = Spire::start();
+        spire.bundles(Step::Send(ca.bundles_with(&next_ca)));
+        spire.svids(Step::Send(ca.svids(&[WEB])));
+        let identities = Identities::start(Issuer::Spire(issuer(&spire, SpireApi::Delegated)));
+        let first = roots_in_use(&identities, 2).await;
+        let (mut changes, mut removals) = (identities.changes(), identities.root_removals());
+        // The SVID in use leads to a root that is gone, or there is none any more.
+        if let Some(svids) = svids_before {
+            spire.svids(Step::Send(svids));
+            while identities.certificates()[0].last_error.is_none() {
+                timeout(LONG, changes.changed()).await.expect("an attempt").expect("attempts");
+            }
+        }
+        spire.bundles(Step::Send(next_ca.bundles()));
+        let second = roots_in_use(&identities, 1).await;
+        assert_eq!(second.roots.roots, roots_of(&next_ca).roots);
+        assert_eq!((&second.serial, second.chain()), (&first.serial, first.chain()));
+        timeout(LONG, removals.changed()).await.expect("told").expect("a sender");
+        while identities.certificates()[0].last_error.is_none() {
+            timeout(LONG, changes.changed()).await.expect("an attempt").expect("attempts");
+        }
+    }
+}
+
 #[tokio::test]
 async fn an_svid_of_another_identity_is_refused_with_both_names() {
     let ca = Ca::new(DOMAIN);
