@@ -14,7 +14,7 @@ use tacit_grpc::Status;
 use tacit_testing::Scratch;
 use tokio::{sync::watch, time::timeout};
 
-use super::*;
+use super::{api::BundlesResponse, *};
 use crate::{issuer::Issuer, manager::Identities};
 use fake::{Ca, Spire, Step};
 
@@ -158,6 +158,25 @@ async fn a_root_that_is_gone_is_not_trusted_though_the_svid_is_refused() {
             timeout(LONG, changes.changed()).await.expect("an attempt").expect("attempts");
         }
     }
+}
+
+#[tokio::test]
+async fn a_bundle_of_the_workload_api_counts_though_its_svids_cannot_be_read() {
+    let (ca, next_ca) = (Ca::new(DOMAIN), Ca::new(DOMAIN));
+    let spire = Spire::start();
+    let answer = |bundles: BundlesResponse| {
+        let mut answer = ca.own(&[WEB]);
+        answer.svids[0].bundle = bundles.bundles.into_values().next().expect("a bundle");
+        answer
+    };
+    spire.own(Step::Send(answer(ca.bundles_with(&next_ca))));
+    let identities = Identities::start(Issuer::Spire(issuer(&spire, SpireApi::Workload)));
+    let first = roots_in_use(&identities, 2).await;
+    let mut bad = answer(next_ca.bundles());
+    bad.svids[0].chain = b"nonsense".to_vec();
+    spire.own(Step::Send(bad));
+    let second = roots_in_use(&identities, 1).await;
+    assert_eq!((&second.roots.roots, &second.serial), (&roots_of(&next_ca).roots, &first.serial));
 }
 
 #[tokio::test]
