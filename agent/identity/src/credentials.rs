@@ -21,7 +21,7 @@ use tacit_core::spiffe::SpiffeId;
 
 use super::{
     certificate::{self, CertificateError},
-    peer_trust::PeerTrust,
+    peer_trust::{OwnRoots, PeerTrust},
 };
 
 /// Servers whose configurations are kept; some 500 bytes each. They are all made again when there are more.
@@ -52,6 +52,8 @@ pub struct Credentials {
     pub roots: Arc<RootCertStore>,
     /// What peers are held to beside these roots.
     pub trust: Arc<PeerTrust>,
+    /// The roots as they are now. [`Credentials::roots`] stays as it was.
+    pub own_roots: OwnRoots,
     /// First moment of validity; backdated, see `issuer`.
     pub not_before: SystemTime,
     /// Last moment of validity.
@@ -87,6 +89,7 @@ impl Credentials {
             identity,
             roots,
             trust: Arc::default(),
+            own_roots: OwnRoots::Fixed,
             not_before: validity.not_before,
             not_after: validity.not_after,
             serial: serial.into(),
@@ -101,6 +104,31 @@ impl Credentials {
     #[must_use]
     pub fn with_trust(self, trust: Arc<PeerTrust>) -> Self {
         Self { trust, ..self }
+    }
+
+    /// Returns the same credentials, whose peers are trusted no longer than their root is among `own_roots`. Before any configuration
+    /// is made of them.
+    #[must_use]
+    pub fn with_own_roots(self, own_roots: OwnRoots) -> Self {
+        Self { own_roots, ..self }
+    }
+
+    /// Returns credentials with the same key and certificate, and with other roots, at least one.
+    #[must_use]
+    pub(crate) fn with_roots(&self, roots: Arc<RootCertStore>) -> Self {
+        Self {
+            identity: self.identity.clone(),
+            roots,
+            trust: self.trust.clone(),
+            own_roots: self.own_roots.clone(),
+            not_before: self.not_before,
+            not_after: self.not_after,
+            serial: self.serial.clone(),
+            certified: self.certified.clone(),
+            client: OnceLock::new(),
+            clients: Mutex::default(),
+            server: OnceLock::new(),
+        }
     }
 
     /// The certificate chain, own certificate first.

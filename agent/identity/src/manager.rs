@@ -10,7 +10,7 @@ use std::{
 };
 
 use arc_swap::{ArcSwap, ArcSwapOption};
-use rustls::crypto::aws_lc_rs;
+use rustls::{RootCertStore, crypto::aws_lc_rs};
 use tacit_core::{
     renewal::{Renewal, RenewalSchedule},
     spiffe::SpiffeId,
@@ -25,7 +25,7 @@ use tracing::{error, info, warn};
 use super::{
     credentials::Credentials,
     issuer::{IssueError, Issuer},
-    peer_trust::PeerTrust,
+    peer_trust::{OwnRoots, PeerTrust},
     spire::SpireIssuer,
 };
 
@@ -44,8 +44,10 @@ pub struct Identities {
     /// What all their peers are held to.
     trust: Arc<PeerTrust>,
     slots: Arc<Slots>,
-    /// Told after each attempt.
+    /// Told after each attempt, and after a change of roots.
     changes: watch::Sender<()>,
+    /// Told after a root was removed.
+    removals: watch::Sender<()>,
 }
 
 /// One certificate as an operator sees it.
@@ -77,7 +79,8 @@ impl Identities {
     /// As [`Identities::start`], with what peers are held to beside the roots.
     #[must_use]
     pub fn trusting(issuer: Issuer, trust: Arc<PeerTrust>) -> Self {
-        Self { issuer: Arc::new(issuer), trust, slots: Arc::default(), changes: watch::Sender::new(()) }
+        let (changes, removals) = (watch::Sender::new(()), watch::Sender::new(()));
+        Self { issuer: Arc::new(issuer), trust, slots: Arc::default(), changes, removals }
     }
 
     /// Returns what peers are held to beside the roots.
@@ -134,6 +137,12 @@ impl Identities {
         self.changes.subscribe()
     }
 
+    /// Notice of every root that is no longer one of an identity. Peers that it vouched for are not trusted any more.
+    #[must_use]
+    pub fn root_removals(&self) -> watch::Receiver<()> {
+        self.removals.subscribe()
+    }
+
     /// Waits for [`Identities::ready`], for no longer than one attempt at the issuer.
     #[cfg(test)]
     pub(crate) async fn require(&self, identity: &SpiffeId) -> Result<(), IssueError> {
@@ -179,7 +188,8 @@ impl Identities {
         let mut map = HashMap::clone(&self.slots.map.load());
         let start = || {
             let by = (self.issuer.clone(), self.trust.clone());
-            Arc::new(Slot::start(identity.clone(), by, self.changes.clone()))
+            let shared = Shared::new(self.removals.clone());
+            Arc::new(Slot::start(identity.clone(), by, shared, self.changes.clone()))
         };
         let slot = map.entry(identity.clone()).or_insert_with(start).clone();
         self.slots.map.store(Arc::new(map));
@@ -207,8 +217,13 @@ struct Slot {
 }
 
 impl Slot {
-    fn start(identity: SpiffeId, by: (Arc<Issuer>, Arc<PeerTrust>), changes: watch::Sender<()>) -> Self {
-        let shared = Arc::new(Shared::default());
+    fn start(
+        identity: SpiffeId,
+        by: (Arc<Issuer>, Arc<PeerTrust>),
+        shared: Shared,
+        changes: watch::Sender<()>,
+    ) -> Self {
+        let shared = Arc::new(shared);
         let task = tokio::spawn(keep_current(identity, by, shared.clone(), changes)).abort_handle();
         Self { shared, task }
     }
@@ -221,9 +236,12 @@ impl Drop for Slot {
 }
 
 /// State shared by the task and the readers.
-#[derive(Default)]
 struct Shared {
     credentials: ArcSwapOption<Credentials>,
+    /// The roots of the latest credentials, for the sessions of earlier ones too. Empty before the first.
+    roots: watch::Sender<Arc<RootCertStore>>,
+    /// Of all identities.
+    removals: watch::Sender<()>,
     progress: Mutex<Progress>,
 }
 
@@ -239,6 +257,11 @@ struct Progress {
 }
 
 impl Shared {
+    fn new(removals: watch::Sender<()>) -> Self {
+        let roots = watch::Sender::new(Arc::new(RootCertStore::empty()));
+        Self { credentials: ArcSwapOption::empty(), roots, removals, progress: Mutex::default() }
+    }
+
     fn usable(&self, now: SystemTime) -> Option<Arc<Credentials>> {
         self.credentials.load_full().filter(|credentials| !credentials.expired(now))
     }
@@ -261,8 +284,26 @@ impl Shared {
     }
 
     fn succeeded(&self, credentials: Credentials) {
-        self.credentials.store(Some(Arc::new(credentials)));
+        self.hold(credentials);
         *self.progress() = Progress { obtained: Some(SystemTime::now()), ..Progress::default() };
+    }
+
+    /// Hands out these credentials from now on. Peers of earlier ones are held to their roots too.
+    fn hold(&self, credentials: Credentials) {
+        let roots = credentials.roots.clone();
+        let credentials = credentials.with_own_roots(OwnRoots::Watched(self.roots.subscribe()));
+        // The roots first: a handshake with a peer of a new root is checked against them.
+        let old = self.roots.send_replace(roots.clone());
+        self.credentials.store(Some(Arc::new(credentials)));
+        if old.roots.iter().any(|root| !roots.roots.contains(root)) {
+            self.removals.send_replace(());
+        }
+    }
+
+    /// Holds peers to these roots, at least one, whatever becomes of the next certificate. Returns true if they are others.
+    fn hold_roots(&self, roots: Arc<RootCertStore>) -> bool {
+        let held = self.credentials.load_full().filter(|held| held.roots.roots != roots.roots);
+        held.map(|held| self.hold(held.with_roots(roots))).is_some()
     }
 
     fn failed(&self, error: IssueError) {
@@ -334,8 +375,15 @@ async fn follow(
         }
     };
     let mut expires = None;
+    let mut roots = subscription.roots();
     loop {
         let outcome = tokio::select! {
+            latest = roots.next() => {
+                if shared.hold_roots(latest) {
+                    changes.send_replace(());
+                }
+                continue;
+            }
             outcome = subscription.next() => outcome,
             () = sleep_until(expires) => Err(IssueError::NotRenewed),
         };

@@ -1,4 +1,5 @@
 //! What peers are held to beside the roots that came with the own certificate. It is the same for all identities of a node.
+//! The own roots may differ by identity, and change while its certificate stays: each identity has its own watch of them.
 //!
 //! The trust domain in a certificate chooses the roots that its chain must lead to. They are exclusive in both directions:
 //!
@@ -55,6 +56,17 @@ pub struct FederatedDomain {
     pub name: TrustDomain,
     /// Its roots. A root that is removed ends the flows that it has vouched for.
     pub roots: watch::Receiver<Arc<DomainRoots>>,
+}
+
+/// The roots of the own trust domain, as the holder of credentials has them now.
+#[derive(Debug, Clone, Default)]
+pub enum OwnRoots {
+    /// Those of the credentials, for good.
+    #[default]
+    Fixed,
+    /// The latest of this identity. A root that is removed ends the flows that it has vouched for. Flows of peers whose certificates
+    /// have expired by then go on: a planned rotation waits for that.
+    Watched(watch::Receiver<Arc<DomainRoots>>),
 }
 
 /// The standing of a trust domain.
@@ -119,16 +131,27 @@ pub fn roots(pem: &[u8]) -> Result<DomainRoots, String> {
 impl PeerTrust {
     /// Returns what may end the trust in a peer whose chain webpki has verified.
     #[must_use]
-    pub fn chain_of(&self, path: &VerifiedPath<'_>, standing: Standing<'_>) -> PeerChain {
+    pub fn chain_of(
+        &self,
+        path: &VerifiedPath<'_>,
+        standing: Standing<'_>,
+        (own, own_roots): (&TrustDomain, &OwnRoots),
+    ) -> PeerChain {
         let certificates = self.revocation.chain_of(path);
-        let root = match standing {
-            Standing::Federated(domain) => {
-                let anchor = path.anchor();
-                let (name, key) = (&anchor.subject[..], &anchor.subject_public_key_info[..]);
-                Some(FederatedRoot { domain: domain.clone(), name: name.into(), key: key.into() })
+        let domain = match (standing, own_roots) {
+            (Standing::Federated(domain), _) => Some((&domain.name, &domain.roots, None)),
+            (Standing::Own | Standing::Alias, OwnRoots::Watched(roots)) => {
+                let validity = certificate::validity(&path.end_entity().der());
+                Some((own, roots, validity.ok().map(|validity| validity.not_after)))
             }
-            Standing::Own | Standing::Alias | Standing::Other => None,
+            (Standing::Own | Standing::Alias, OwnRoots::Fixed) | (Standing::Other, _) => None,
         };
+        let root = domain.map(|(domain, roots, spares_after)| {
+            let anchor = path.anchor();
+            let (name, key) = (&anchor.subject[..], &anchor.subject_public_key_info[..]);
+            let (domain, roots) = (domain.clone(), roots.clone());
+            Root { domain, roots, spares_after, name: name.into(), key: key.into() }
+        });
         if certificates.is_unchecked() && root.is_none() {
             return PeerChain::default();
         }
@@ -143,20 +166,24 @@ pub struct PeerChain(Option<Arc<Proof>>);
 #[derive(Debug)]
 struct Proof {
     certificates: CertificateChain,
-    /// The root of a federated peer.
-    root: Option<FederatedRoot>,
+    /// The root that has vouched for the peer, if it can be removed.
+    root: Option<Root>,
 }
 
+/// A root, by name and key: the same root in another set of roots is as good.
 #[derive(Debug)]
-struct FederatedRoot {
-    domain: FederatedDomain,
+struct Root {
+    domain: TrustDomain,
+    roots: watch::Receiver<Arc<DomainRoots>>,
+    /// The root's removal ends no live flow after this moment. `None`: it always does.
+    spares_after: Option<SystemTime>,
     name: Box<[u8]>,
     key: Box<[u8]>,
 }
 
-impl FederatedRoot {
+impl Root {
     fn is_trusted(&self) -> bool {
-        let roots = self.domain.roots.borrow();
+        let roots = self.roots.borrow();
         let is_this = |root: &rustls::pki_types::TrustAnchor<'_>| {
             root.subject[..] == *self.name && root.subject_public_key_info[..] == *self.key
         };
@@ -169,7 +196,7 @@ impl FederatedRoot {
 pub enum Distrust {
     /// A certificate is revoked, or that is not known.
     Certificate(Unaccepted),
-    /// The root that has vouched for a federated peer is no longer one of its domain.
+    /// The root that has vouched for the peer is no longer one of this domain.
     RootRemoved(TrustDomain),
 }
 
@@ -210,14 +237,21 @@ impl PeerChain {
     pub fn check(&self, now: SystemTime) -> Result<(), Distrust> {
         let Some(proof) = &self.0 else { return Ok(()) };
         if let Some(root) = proof.root.as_ref().filter(|root| !root.is_trusted()) {
-            return Err(Distrust::RootRemoved(root.domain.name.clone()));
+            return Err(Distrust::RootRemoved(root.domain.clone()));
         }
         proof.certificates.check(now).map_err(Distrust::Certificate)
     }
 
-    /// Returns why a live flow must end. Unknown status of a certificate is no reason.
+    /// Returns why a live flow must end. Unknown status of a certificate is no reason, and the removal of an own root is none once the
+    /// peer's certificate has expired.
     #[must_use]
     pub fn revoked(&self, now: SystemTime) -> Option<Distrust> {
-        self.check(now).err().filter(|distrust| distrust.reason() != RefusalReason::RevocationUnknown)
+        let Proof { certificates, root } = &**self.0.as_ref()?;
+        let ends = |root: &&Root| !root.is_trusted() && root.spares_after.is_none_or(|moment| now <= moment);
+        if let Some(root) = root.as_ref().filter(ends) {
+            return Some(Distrust::RootRemoved(root.domain.clone()));
+        }
+        let distrust = certificates.check(now).err().map(Distrust::Certificate);
+        distrust.filter(|distrust| distrust.reason() != RefusalReason::RevocationUnknown)
     }
 }

@@ -12,8 +12,11 @@
 //! |---|---|
 //! | one of them has the serial number, expired or not | revoked |
 //! | none, or only lists that another key has signed | unknown |
-//! | expired | unknown |
-//! | current | good |
+//! | for a part of its certificates (with an issuing distribution point) | unknown |
+//! | for all of its certificates, expired | unknown |
+//! | for all of its certificates, current | good |
+//!
+//! A list for a part says nothing about the other certificates, and the parts that are missing in the file cannot be counted.
 //!
 //! A peer of unknown status gets no new session or flow, unless [`UnknownStatus::Allow`] is configured. Its live flows go on, because
 //! nothing has been revoked. The root itself has no status: it is taken out of the roots.
@@ -135,15 +138,12 @@ impl RevocationLists {
                 UnknownCause::NoList
             });
         }
-        // Of each part of an issuer's certificates the newest list counts.
-        let mut until: HashMap<Option<&[u8]>, SystemTime> = HashMap::new();
-        for list in &signed {
-            let part = until.entry(list.part()).or_insert(list.next_update);
-            *part = list.next_update.max(*part);
-        }
-        match until.into_values().min() {
+        // The newest list counts.
+        let complete = signed.iter().filter(|list| list.is_complete());
+        match complete.map(|list| list.next_update).max() {
+            None => CertificateStatus::Unknown(UnknownCause::Partitioned),
             Some(until) if until <= now => CertificateStatus::Unknown(UnknownCause::Expired),
-            _ => CertificateStatus::Good,
+            Some(_) => CertificateStatus::Good,
         }
     }
 }
@@ -180,6 +180,8 @@ pub enum UnknownCause {
     NoList,
     /// The lists with the issuer's name are of another key.
     NotSigned,
+    /// The lists are for a part of the issuer's certificates.
+    Partitioned,
     /// The list has expired.
     Expired,
 }
@@ -189,6 +191,9 @@ impl fmt::Display for UnknownCause {
         f.write_str(match self {
             Self::NoList => "the file has no revocation list of this issuer",
             Self::NotSigned => "the revocation lists with this issuer's name are not signed by its key",
+            Self::Partitioned => {
+                "the revocation lists of this issuer have an issuing distribution point; add a list of all its certificates"
+            }
             Self::Expired => "the revocation list of this issuer has expired",
         })
     }

@@ -188,6 +188,30 @@ pub struct Subscription {
     reported: [Option<Arc<SpireError>>; 2],
 }
 
+/// The roots of the own trust domain, as they change.
+pub(crate) struct Roots {
+    bundles: Stream,
+    returned: Option<Arc<RootCertStore>>,
+}
+
+impl Roots {
+    /// Returns the roots of the latest message if they are others than the last that this returned, or else waits for them. Loses
+    /// nothing if dropped while it waits.
+    pub(crate) async fn next(&mut self) -> Arc<RootCertStore> {
+        loop {
+            let latest = self.bundles.feed.borrow_and_update().bundles.as_ref().map(|it| it.own.clone());
+            let is_new = |latest: &Arc<RootCertStore>| {
+                self.returned.as_ref().is_none_or(|returned| returned.roots != latest.roots)
+            };
+            if let Some(latest) = latest.filter(is_new) {
+                self.returned = Some(latest.clone());
+                return latest;
+            }
+            self.bundles.changed().await;
+        }
+    }
+}
+
 /// Messages with SVIDs and, if they were needed, with bundles.
 type Judged = (Arc<Vec<Svid>>, Option<Arc<Bundles>>);
 
@@ -297,6 +321,11 @@ impl Subscription {
                 Ok(()) = self.pods.changed() => self.follow_pods(),
             }
         }
+    }
+
+    /// Returns the roots of the own trust domain. They come by a good bundle, also if the SVID is refused or there is none.
+    pub(crate) fn roots(&self) -> Roots {
+        Roots { bundles: self.bundles.clone(), returned: None }
     }
 
     fn is_returned(&self, credentials: &Credentials) -> bool {

@@ -82,6 +82,8 @@ impl Tasks {
         for domain in &*proxy.snapshots.federation {
             rechecks.spawn(vital(failed.clone(), follow_trust(proxy.clone(), domain.roots.subscribe())));
         }
+        let removals = proxy.snapshots.identities.root_removals();
+        rechecks.spawn(vital(failed.clone(), follow_trust(proxy.clone(), removals)));
         rechecks.spawn(run_rechecks(proxy.rechecks.clone(), failed.clone()));
         heart.spawn(heartbeat(kernel.clone(), heartbeat_timeout, failed));
         Self { enrolment, settle, upkeep, heart, kernel_log, rechecks, live: proxy.rechecks.clone(), mesh }
@@ -128,9 +130,9 @@ async fn run_rechecks(rechecks: Arc<Rechecks>, failed: CancellationToken) {
     }
 }
 
-/// Ends flows and idle sessions whose peers are not trusted any more, for as long as revocation lists, or the roots of a federated
-/// domain, change.
-async fn follow_trust<T>(proxy: Arc<Proxy>, mut input: watch::Receiver<Arc<T>>) {
+/// Ends flows and idle sessions whose peers are not trusted any more, for as long as revocation lists, the own roots, or those of a
+/// federated domain, change.
+async fn follow_trust<T>(proxy: Arc<Proxy>, mut input: watch::Receiver<T>) {
     loop {
         proxy.rechecks.trust_changed();
         proxy.sessions.close_untrusted();

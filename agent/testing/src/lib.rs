@@ -3,8 +3,10 @@
 #![deny(missing_docs)]
 
 use std::{
-    env, fs,
+    env,
+    fs::{self, DirBuilder},
     hash::{BuildHasher as _, Hasher as _, RandomState},
+    os::unix::fs::DirBuilderExt as _,
     panic::catch_unwind,
     path::{Path, PathBuf},
 };
@@ -23,7 +25,8 @@ impl Scratch {
     pub fn new() -> Self {
         let name = RandomState::new().build_hasher().finish();
         let path = env::temp_dir().join(format!("tacit-test-{name:016x}"));
-        fs::create_dir(&path).expect("a new folder");
+        // Whatever the umask: agents trust no socket in a folder that others can write.
+        DirBuilder::new().mode(0o755).create(&path).expect("a new folder");
         Self(path)
     }
 

@@ -237,6 +237,7 @@ fn peer_verifier(own: &Credentials) -> PeerVerifier {
         algorithms: PROVIDER.signature_verification_algorithms,
         trust_domain: own.identity.trust_domain().clone(),
         trust: own.trust.clone(),
+        own_roots: own.own_roots.clone(),
     }
 }
 

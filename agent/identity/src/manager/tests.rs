@@ -68,11 +68,46 @@ async fn a_failing_issuer_is_asked_again_and_its_error_shown() {
 #[tokio::test]
 async fn expired_credentials_are_not_handed_out() {
     let issuer = embedded(Duration::from_secs(3600));
-    let shared = Shared::default();
+    let shared = Shared::new(watch::Sender::new(()));
     let long_ago = SystemTime::now() - Duration::from_secs(7200);
     shared.succeeded(issuer.issue(&web(), long_ago).expect("issued"));
     assert!(shared.usable(SystemTime::now()).is_none());
     assert!(shared.usable(long_ago).is_some());
+}
+
+#[test]
+fn a_root_that_is_gone_is_told_and_a_renewal_below_the_same_root_is_not() {
+    let (old, new) = (embedded(Duration::from_secs(3600)), embedded(Duration::from_secs(3600)));
+    let issue = |issuer: &EmbeddedIssuer| issuer.issue(&web(), SystemTime::now()).expect("issued");
+    let removals = watch::Sender::new(());
+    let mut removed = removals.subscribe();
+    let shared = Shared::new(removals);
+    shared.succeeded(issue(&old));
+    let first = shared.usable(SystemTime::now()).expect("issued");
+    let OwnRoots::Watched(roots) = &first.own_roots else { panic!("not watched") };
+    let mut roots = roots.clone();
+    let both = RootCertStore { roots: [&old, &new].map(|it| issue(it).roots.roots[0].clone()).to_vec() };
+    let twin = RootCertStore::clone(&first.roots);
+    let below = |roots| {
+        let mut credentials = issue(&old);
+        credentials.roots = Arc::new(roots);
+        credentials
+    };
+    for (credentials, count, is_removed) in [
+        (issue(&old), 1, false),
+        (below(twin), 1, false),
+        (below(both), 2, false),
+        (issue(&new), 1, true),
+        (issue(&new), 1, false),
+    ] {
+        shared.succeeded(credentials);
+        // The sessions of the first credentials see the roots of the latest.
+        assert_eq!(roots.borrow_and_update().len(), count);
+        assert_eq!(removed.has_changed().expect("a sender"), is_removed);
+        removed.mark_unchanged();
+    }
+    assert_eq!(roots.borrow().roots, issue(&new).roots.roots);
+    assert_ne!(first.roots.roots, issue(&new).roots.roots);
 }
 
 #[tokio::test]

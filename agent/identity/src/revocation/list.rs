@@ -69,9 +69,9 @@ impl List {
         self.entries.issuer()
     }
 
-    /// Returns the part of the issuer's certificates that the list is for, or `None` for all of them.
-    pub(super) fn part(&self) -> Option<&[u8]> {
-        self.entries.issuing_distribution_point()
+    /// Returns true if the list is for all certificates of the issuer: it has no issuing distribution point.
+    pub(super) fn is_complete(&self) -> bool {
+        self.entries.issuing_distribution_point().is_none()
     }
 
     /// Returns true if the list has the serial number. A list in which it cannot be looked up has it.

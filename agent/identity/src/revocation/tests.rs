@@ -3,8 +3,9 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType, IsCa, Issuer, KeyIdMethod,
-    KeyPair, KeyUsagePurpose, RevokedCertParams, SerialNumber,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CrlDistributionPoint,
+    CrlIssuingDistributionPoint, CrlScope, DnType, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose,
+    RevokedCertParams, SerialNumber,
 };
 use rustls::{
     RootCertStore,
@@ -55,6 +56,22 @@ impl Authority {
 
     /// A list in PEM that has expired `expired` ago, or else is current.
     fn list(&self, revoked: &[u8], expired: Option<Duration>) -> Vec<u8> {
+        self.list_of(None, revoked, expired)
+    }
+
+    /// A current list of a part of the certificates: with an issuing distribution point.
+    fn part(&self, scope: Option<CrlScope>, revoked: &[u8]) -> Vec<u8> {
+        let uris = vec!["http://crl.example/1".to_owned()];
+        let point = CrlIssuingDistributionPoint { distribution_point: CrlDistributionPoint { uris }, scope };
+        self.list_of(Some(point), revoked, None)
+    }
+
+    fn list_of(
+        &self,
+        point: Option<CrlIssuingDistributionPoint>,
+        revoked: &[u8],
+        expired: Option<Duration>,
+    ) -> Vec<u8> {
         let now = SystemTime::now();
         let entry = |serial: &u8| RevokedCertParams {
             serial_number: SerialNumber::from_slice(&[*serial]),
@@ -66,7 +83,7 @@ impl Authority {
             this_update: (now - 24 * HOUR).into(),
             next_update: expired.map_or(now + HOUR, |ago| now - ago).into(),
             crl_number: SerialNumber::from_slice(&[1]),
-            issuing_distribution_point: None,
+            issuing_distribution_point: point,
             revoked_certs: revoked.iter().map(entry).collect(),
             key_identifier_method: KeyIdMethod::Sha256,
         };
@@ -124,6 +141,7 @@ impl Checked {
             Err(Unaccepted { unknown: None, is_leaf: false, .. }) => "intermediate revoked",
             Err(Unaccepted { unknown: Some(UnknownCause::NoList), .. }) => "no list",
             Err(Unaccepted { unknown: Some(UnknownCause::NotSigned), .. }) => "not signed",
+            Err(Unaccepted { unknown: Some(UnknownCause::Partitioned), .. }) => "partitioned",
             Err(Unaccepted { unknown: Some(UnknownCause::Expired), .. }) => "expired",
         };
         (outcome, self.chain.check(now).is_err_and(|found| found.unknown.is_none()))
@@ -203,6 +221,29 @@ fn an_issuer_without_a_current_list_is_denied_unless_allowed() {
         for (unknown, expected) in [(UnknownStatus::Deny, denied), (UnknownStatus::Allow, allowed)] {
             let checked = Checked::new(&leaf, &[&between], &root, unknown);
             assert_eq!(checked.with(&lists), expected, "{unknown:?}");
+        }
+    }
+}
+
+#[test]
+fn a_list_of_a_part_of_the_certificates_revokes_and_makes_none_good() {
+    let root = Authority::root("root");
+    let between = root.below("between", 7);
+    let leaf = between.leaf(42);
+    let checked = Checked::new(&leaf, &[&between], &root, UnknownStatus::Deny);
+    let whole = || vec![root.list(&[], None), between.list(&[], None)];
+    for scope in [None, Some(CrlScope::UserCertsOnly), Some(CrlScope::CaCertsOnly)] {
+        let (leaves, authorities) = (between.part(scope, &[]), root.part(scope, &[]));
+        for (lists, expected) in [
+            (vec![root.list(&[], None), leaves.clone()], ("partitioned", false)),
+            (vec![authorities.clone(), between.list(&[], None)], ("partitioned", false)),
+            // A list of all certificates that has expired is not made current by a part.
+            (vec![root.list(&[], None), between.list(&[], Some(HOUR)), leaves.clone()], ("expired", false)),
+            ([whole(), vec![leaves, authorities]].concat(), ("good", false)),
+            ([whole(), vec![between.part(scope, &[42])]].concat(), ("leaf revoked", true)),
+            ([whole(), vec![root.part(scope, &[7])]].concat(), ("intermediate revoked", true)),
+        ] {
+            assert_eq!(checked.with(&lists), expected, "{scope:?}");
         }
     }
 }

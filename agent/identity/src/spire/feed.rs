@@ -106,10 +106,10 @@ async fn run(
         feed.send_modify(|feed| {
             feed.answered = Some(SystemTime::now());
             match read {
-                Ok((svids, bundles)) => {
+                Ok(Update { svids, bundles, problem }) => {
                     feed.svids = svids.or(feed.svids.take());
                     feed.bundles = bundles.or(feed.bundles.take());
-                    feed.problem = None;
+                    feed.problem = problem.map(Arc::new);
                 }
                 Err(problem) => feed.problem = Some(Arc::new(problem)),
             }
@@ -153,16 +153,24 @@ impl Stream {
     }
 }
 
-type Update = (Option<Arc<Vec<Svid>>>, Option<Arc<Bundles>>);
+/// The good parts of a message, and the reason why the rest is refused.
+#[derive(Default)]
+struct Update {
+    svids: Option<Arc<Vec<Svid>>>,
+    bundles: Option<Arc<Bundles>>,
+    problem: Option<SpireError>,
+}
 
 impl Source {
     /// Reads a message.
     fn read(&self, answer: Answer) -> Result<Update, SpireError> {
         match answer {
-            Answer::Svids(answer) => Ok((Some(Arc::new(svids::delegated(answer))), None)),
+            Answer::Svids(answer) => {
+                Ok(Update { svids: Some(Arc::new(svids::delegated(answer))), ..Update::default() })
+            }
             Answer::Bundles(answer) => {
                 let bundles = answer.bundles.iter().map(|(name, der)| (name.as_str(), der.as_slice()));
-                Ok((None, Some(self.bundles(bundles)?)))
+                Ok(Update { bundles: Some(self.bundles(bundles)?), ..Update::default() })
             }
             Answer::Own(answer) => {
                 let own = answer.svids.iter().find(|svid| self.is_own(&svid.id));
@@ -173,8 +181,12 @@ impl Source {
                     true => None,
                     false => Some(self.bundles(own.into_iter().chain(federated))?),
                 };
-                let svids = svids::own(answer).map_err(|e| SpireError::Svids(e.to_string()))?;
-                Ok((Some(Arc::new(svids)), bundles))
+                // A root may be gone from the bundle: it counts whatever came with it.
+                let (svids, problem) = match svids::own(answer) {
+                    Ok(svids) => (Some(Arc::new(svids)), None),
+                    Err(error) => (None, Some(SpireError::Svids(error.to_string()))),
+                };
+                Ok(Update { svids, bundles, problem })
             }
         }
     }

@@ -14,7 +14,7 @@ use tacit_grpc::Status;
 use tacit_testing::Scratch;
 use tokio::{sync::watch, time::timeout};
 
-use super::*;
+use super::{api::BundlesResponse, *};
 use crate::{issuer::Issuer, manager::Identities};
 use fake::{Ca, Spire, Step};
 
@@ -110,6 +110,73 @@ async fn a_renewed_svid_and_new_roots_are_taken_up() {
     failure(&mut subscription, "does not lead to the roots").await;
     spire.bundles(Step::Send(last_ca.bundles()));
     assert_eq!(credentials(&mut subscription).await.roots.len(), 1);
+}
+
+/// Waits until the credentials in use have this many roots.
+async fn roots_in_use(identities: &Identities, count: usize) -> Arc<Credentials> {
+    let mut changes = identities.changes();
+    loop {
+        // Asks for the identity, at first.
+        let _ = identities.ready(&web());
+        match identities.current(&web()) {
+            Some(held) if held.roots.len() == count => return held,
+            _ => timeout(LONG, changes.changed()).await.expect("a change").expect("a sender"),
+        }
+    }
+}
+
+fn roots_of(ca: &Ca) -> Arc<RootCertStore> {
+    let bundles = ca.bundles().bundles;
+    let bundles = bundles.iter().map(|(name, der)| (name.as_str(), der.as_slice()));
+    let domain = TrustDomain::parse(DOMAIN).expect("valid");
+    Bundles::read(bundles, &domain, SystemTime::now()).expect("a root").own
+}
+
+#[tokio::test]
+async fn a_root_that_is_gone_is_not_trusted_though_the_svid_is_refused() {
+    let (ca, next_ca) = (Ca::new(DOMAIN), Ca::new(DOMAIN));
+    for svids_before in [None, Some(ca.svids(&[])), Some(ca.svids(&["spiffe://example.org/ns/shop/sa/db"]))] {
+        let spire = Spire::start();
+        spire.bundles(Step::Send(ca.bundles_with(&next_ca)));
+        spire.svids(Step::Send(ca.svids(&[WEB])));
+        let identities = Identities::start(Issuer::Spire(issuer(&spire, SpireApi::Delegated)));
+        let first = roots_in_use(&identities, 2).await;
+        let (mut changes, mut removals) = (identities.changes(), identities.root_removals());
+        // The SVID in use leads to a root that is gone, or there is none any more.
+        if let Some(svids) = svids_before {
+            spire.svids(Step::Send(svids));
+            while identities.certificates()[0].last_error.is_none() {
+                timeout(LONG, changes.changed()).await.expect("an attempt").expect("attempts");
+            }
+        }
+        spire.bundles(Step::Send(next_ca.bundles()));
+        let second = roots_in_use(&identities, 1).await;
+        assert_eq!(second.roots.roots, roots_of(&next_ca).roots);
+        assert_eq!((&second.serial, second.chain()), (&first.serial, first.chain()));
+        timeout(LONG, removals.changed()).await.expect("told").expect("a sender");
+        while identities.certificates()[0].last_error.is_none() {
+            timeout(LONG, changes.changed()).await.expect("an attempt").expect("attempts");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_bundle_of_the_workload_api_counts_though_its_svids_cannot_be_read() {
+    let (ca, next_ca) = (Ca::new(DOMAIN), Ca::new(DOMAIN));
+    let spire = Spire::start();
+    let answer = |bundles: BundlesResponse| {
+        let mut answer = ca.own(&[WEB]);
+        answer.svids[0].bundle = bundles.bundles.into_values().next().expect("a bundle");
+        answer
+    };
+    spire.own(Step::Send(answer(ca.bundles_with(&next_ca))));
+    let identities = Identities::start(Issuer::Spire(issuer(&spire, SpireApi::Workload)));
+    let first = roots_in_use(&identities, 2).await;
+    let mut bad = answer(next_ca.bundles());
+    bad.svids[0].chain = b"nonsense".to_vec();
+    spire.own(Step::Send(bad));
+    let second = roots_in_use(&identities, 1).await;
+    assert_eq!((&second.roots.roots, &second.serial), (&roots_of(&next_ca).roots, &first.serial));
 }
 
 #[tokio::test]

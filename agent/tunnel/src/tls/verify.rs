@@ -21,7 +21,7 @@ use tacit_core::{
 };
 use tacit_identity::{
     certificate,
-    peer_trust::{Distrust, PeerChain, PeerTrust, Standing},
+    peer_trust::{Distrust, OwnRoots, PeerChain, PeerTrust, Standing},
 };
 use webpki::{EndEntityCert, KeyUsage};
 
@@ -192,6 +192,7 @@ pub(super) struct PeerVerifier {
     pub(super) algorithms: WebPkiSupportedAlgorithms,
     pub(super) trust_domain: TrustDomain,
     pub(super) trust: Arc<PeerTrust>,
+    pub(super) own_roots: OwnRoots,
 }
 
 impl PeerVerifier {
@@ -215,10 +216,11 @@ impl PeerVerifier {
             Standing::Federated(domain) => domain.roots.borrow().clone(),
             Standing::Own | Standing::Alias | Standing::Other => self.roots.clone(),
         };
+        let own = (&self.trust_domain, &self.own_roots);
         // Another path may lead to a root without the revoked intermediate.
         let unaccepted = RefCell::new(None);
         let is_accepted = |path: &webpki::VerifiedPath<'_>| {
-            self.trust.chain_of(path, standing).check(time).map_err(|found| {
+            self.trust.chain_of(path, standing, own).check(time).map_err(|found| {
                 unaccepted.replace(Some(found));
                 webpki::Error::CertRevoked
             })
@@ -245,7 +247,7 @@ impl PeerVerifier {
         let identity = standing.identity(&presented, ours);
         let identity = identity
             .ok_or_else(|| PeerCertificateError::OtherTrustDomain { ours: ours.clone(), presented })?;
-        let chain = self.trust.chain_of(&path, standing);
+        let chain = self.trust.chain_of(&path, standing, own);
         VERDICT.set(Some(Ok(VerifiedPeer { identity: identity.clone(), chain })));
         Ok(identity)
     }

@@ -2,7 +2,7 @@
 
 use rustls::RootCertStore;
 use tacit_core::spiffe::TrustDomain;
-use tacit_identity::peer_trust::{Distrust, FederatedDomain, PeerTrust, TrustDomains};
+use tacit_identity::peer_trust::{Distrust, FederatedDomain, OwnRoots, PeerTrust, TrustDomains};
 use tokio::sync::watch;
 
 use super::*;
@@ -129,7 +129,7 @@ async fn an_alias_goes_by_the_own_trust_domain_and_a_federated_one_by_its_name()
         let (_client, server) = tokio::join!(stream::connect(near, &web, &to), stream::accept(far, &db));
         let server = server.map_err(|error| error.to_string()).expect("accepted");
         assert_eq!(server.peer, expected);
-        // Only the roots of a federated domain can change.
+        // Roots that the holder of the credentials does not watch cannot change.
         assert_eq!(server.peer_chain.is_unchecked(), domain != PARTNER);
     }
 }
@@ -158,4 +158,57 @@ async fn a_root_that_is_removed_ends_the_trust_in_whom_it_vouched_for() {
     assert_eq!(second.revoked(now), None);
     let web = roots.peer(&roots.partner, &id(PARTNER, "web"));
     assert_eq!(handshake(&web, &to, &db).await.1, "unknown_issuer");
+}
+
+#[tokio::test]
+async fn an_own_root_that_is_removed_ends_the_trust_in_whom_it_vouched_for() {
+    let (roots, next) = (Roots::new(), TestIssuer::new());
+    let both = Arc::new(RootCertStore {
+        roots: [&roots.own, &next].into_iter().flat_map(|issuer| issuer.roots().roots.clone()).collect(),
+    });
+    let (own_roots, watched) = watch::channel(both.clone());
+    let holding = |account: &str| {
+        let mut held = roots.checking(account).with_own_roots(OwnRoots::Watched(watched.clone()));
+        held.roots = both.clone();
+        held
+    };
+    let (web, db) = (holding("web"), holding("db"));
+    let connect = async |issuer: &TestIssuer, domain: &str| {
+        let (client, server) =
+            (roots.peer(issuer, &id(domain, "web")), roots.peer(issuer, &id(domain, "db")));
+        let (to, chains) = (id(OWN, "db"), |stream: stream::Established| stream.peer_chain);
+        let (near, far) = connection().await;
+        let (_client, inbound) = tokio::join!(stream::connect(near, &client, &to), stream::accept(far, &db));
+        let (near, far) = connection().await;
+        let (outbound, _server) =
+            tokio::join!(stream::connect(near, &web, &to), stream::accept(far, &server));
+        [inbound, outbound].map(|end| end.map(chains).map_err(|error| error.to_string()).expect("verified"))
+    };
+    let mut held = Vec::new();
+    for domain in [OWN, ALIAS] {
+        held.push((connect(&roots.own, domain).await, connect(&next, domain).await));
+    }
+    let now = SystemTime::now();
+    let ended = || {
+        held.iter()
+            .flat_map(|(of_old, of_new)| of_old.iter().chain(of_new))
+            .map(|chain| (chain.revoked(now), chain.check(now).err()))
+            .filter(|ended| *ended != (None, None))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(ended(), []);
+    // Another set with the same roots.
+    own_roots.send_replace(Arc::new(RootCertStore { roots: both.roots.iter().rev().cloned().collect() }));
+    assert_eq!(ended(), []);
+    own_roots.send_replace(next.roots());
+    let removed = Some(Distrust::RootRemoved(domain(OWN)));
+    assert_eq!(ended(), vec![(removed.clone(), removed); 4]);
+    assert!(held.iter().flat_map(|(_, of_new)| of_new).all(|chain| chain.check(now).is_ok()));
+    // A planned rotation removes a root after its certificates have expired, and ends no flow.
+    let later = now + 2 * HOUR;
+    let of_old = held.iter().flat_map(|(of_old, _)| of_old);
+    assert!(of_old.clone().all(|chain| chain.revoked(later).is_none() && chain.check(later).is_err()));
+    // A handshake under the earlier credentials.
+    let old = roots.peer(&roots.own, &id(OWN, "web"));
+    assert_eq!(handshake(&old, &id(OWN, "db"), &db).await.1, "unknown_issuer");
 }
