@@ -4,6 +4,7 @@
 
 use std::{net::IpAddr, sync::Arc};
 
+use ipnet::IpNet;
 use prost::Message as _;
 use tacit_core::directory::special_address;
 
@@ -90,8 +91,8 @@ pub(crate) struct ServiceRecord {
     pub(crate) hostname: String,
     /// In the agent's network, without ranges.
     pub(crate) addresses: Vec<IpAddr>,
-    /// Ranges of addresses, which the directory does not have.
-    pub(crate) ranges: Vec<String>,
+    /// Ranges of addresses in the agent's network. They are not load-balanced.
+    pub(crate) ranges: Vec<IpNet>,
     pub(crate) ports: Vec<PortPair>,
     pub(crate) has_waypoint: bool,
     pub(crate) balancing: Balancing,
@@ -201,7 +202,11 @@ fn service(name: &str, message: Service, network: &str) -> Result<ServiceRecord,
             Some(length) if *length > bits => {
                 return Err(format!("addresses[{i}]: {length} bits of {address}: expected at most {bits}"));
             }
-            Some(length) if *length < bits => ranges.push(format!("{address}/{length}")),
+            Some(length) if *length < bits => {
+                if let Some(range) = range(address, *length).filter(|_| of == network) {
+                    ranges.push(range);
+                }
+            }
             _ => {
                 let address = address.to_canonical();
                 let is_used = of == network && special_address(address).is_none();
@@ -222,6 +227,14 @@ fn service(name: &str, message: Service, network: &str) -> Result<ServiceRecord,
         has_waypoint: message.waypoint.is_some() || !message.weighted_waypoints.is_empty(),
         balancing,
     })
+}
+
+/// Returns a range in the form that lookups use: a range of IPv4-mapped addresses is one of IPv4.
+fn range(address: IpAddr, length: u32) -> Option<IpNet> {
+    let canonical = address.to_canonical();
+    let mapped = if canonical.is_ipv4() == address.is_ipv4() { 0 } else { 96 };
+    let (address, length) = if length < mapped { (address, length) } else { (canonical, length - mapped) };
+    Some(IpNet::new(address, u8::try_from(length).ok()?).ok()?.trunc())
 }
 
 fn balancing(message: LoadBalancing) -> Result<Balancing, String> {
@@ -331,7 +344,10 @@ mod tests {
     fn a_service_has_the_addresses_of_the_own_network() {
         let read = read_service(web()).expect("valid");
         assert_eq!(read.addresses, [IpAddr::from([10, 96, 0, 1]), IpAddr::from([10, 96, 0, 2])]);
-        assert_eq!((read.ranges.as_slice(), read.has_waypoint), (&["10.97.0.0/16".to_owned()][..], false));
+        assert_eq!(
+            (read.ranges.as_slice(), read.has_waypoint),
+            (&["10.97.0.0/16".parse().expect("a range")][..], false)
+        );
         assert_eq!(read.balancing, Balancing::default());
         let weighted = Service { weighted_waypoints: vec![WeightedWaypoint::default()], ..web() };
         assert!(read_service(weighted).expect("valid").has_waypoint);
@@ -372,6 +388,16 @@ mod tests {
         }
         assert_eq!(read("x", &[], "").expect_err("refused"), "neither a workload nor a service");
         assert!(read("x", &[0xff], "").expect_err("refused").starts_with("no istio.workload.Address"));
+    }
+
+    #[test]
+    fn ranges_of_mapped_addresses_are_ranges_of_ipv4() {
+        let text = |address: &str, length| {
+            range(address.parse().expect("an address"), length).map(|range| range.to_string())
+        };
+        assert_eq!(text("::ffff:10.97.3.0", 112).as_deref(), Some("10.97.0.0/16"));
+        assert_eq!(text("::ffff:10.97.3.0", 64).as_deref(), Some("::/64"));
+        assert_eq!(text("fd77::1", 64).as_deref(), Some("fd77::/64"));
     }
 
     #[test]

@@ -23,6 +23,10 @@ use tacit_core::{
     spiffe::{SpiffeId, TrustDomain, pod_service_account},
 };
 
+mod refused;
+
+use refused::Refused;
+
 use super::{DirectoryStore, services::Parts};
 use crate::istiod::{
     address::{
@@ -35,8 +39,6 @@ use crate::istiod::{
 /// The labels of a node with its region, its zone and its subzone.
 const LOCALITY: [&str; 3] =
     ["topology.kubernetes.io/region", "topology.kubernetes.io/zone", "topology.istio.io/subzone"];
-/// Maximum number of addresses of one service that is not of Kubernetes. Its creator writes them.
-const OUTER_MAX: usize = 64;
 
 /// The agent's place in the mesh, as istiod names it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -62,6 +64,7 @@ pub(super) struct Addresses {
     own_pods: HashSet<String>,
     /// Services that must be built again: resources of istiod.
     outdated: BTreeSet<Arc<str>>,
+    refused: Refused,
 }
 
 impl Addresses {
@@ -114,10 +117,7 @@ impl DirectoryStore {
             }
             AddressContent::Service(record) => {
                 self.set_mesh_workload(&name, None);
-                let problems = record.ranges.iter().map(|range| {
-                    format!("service {name} of istiod: range {range} is not used: connections into it are not load-balanced")
-                });
-                self.problems.set_resource(&of, problems.collect());
+                self.problems.set_resource(&of, refused::service_problems(&name, &record));
                 return self.set_mesh_service(&name, Some(record));
             }
         }
@@ -260,6 +260,7 @@ impl DirectoryStore {
             }
             self.remove_directory_service(&format!("{}/{name}", before.namespace));
         }
+        self.set_refused_ranges(key, record.as_deref());
         self.addresses.outdated.insert(Arc::clone(key));
     }
 
@@ -323,17 +324,15 @@ impl DirectoryStore {
     /// pods, nodes and ClusterIPs.
     fn outer_service(&mut self, key: &Arc<str>, record: &ServiceRecord) -> Service {
         let (endpoints, _) = self.mesh_endpoints(key, record);
-        let is_balanced = record.balancing.mode != Distribution::Passthrough;
         let ports = record.ports.iter().map(|port| {
             let [ipv4, ipv6] = endpoints.get(&port.service).cloned().unwrap_or_default();
             ServicePort { port: port.service, node_port: None, ipv4, ipv6 }
         });
-        let addresses = record.addresses.iter().copied().take(OUTER_MAX).filter(|_| is_balanced);
         Service {
             name: outer_name(record).into(),
             namespace: self.interner.intern(&record.namespace),
             addresses: Vec::new(),
-            external_ips: addresses.collect(),
+            external_ips: refused::outer_addresses(record),
             ingress_ips: Vec::new(),
             ports: ports.collect(),
             udp_ports: Vec::new(),

@@ -5,6 +5,8 @@ use std::{net::SocketAddr, path::Path};
 use serde_json::{Value, json};
 use tacit_core::directory::Directory;
 
+mod refused;
+
 use super::{
     super::super::{
         CgroupLayout, EnrolLabel, LocalNode,
