@@ -326,6 +326,8 @@ impl Client {
         Some(Listing {
             namespace: record.namespace.as_str().into(),
             name: record.name.as_str().into(),
+            // Of no use for others.
+            addresses: if is_here { record.addresses.clone() } else { Vec::new() },
             is_here,
             policies: record.policies.iter().map(|name| name.as_str().into()).collect(),
         })
