@@ -23,6 +23,8 @@ pub enum Detour {
     Waypoint,
     /// A gateway of another network.
     Gateway,
+    /// Not known, since the source's names of the workload form no identity.
+    Unidentified,
 }
 
 /// Ranges by their detour. Those of one detour are in order, and no two overlap.
@@ -53,6 +55,7 @@ impl Detour {
         match self {
             Self::Waypoint => RefusalReason::ThroughWaypoint,
             Self::Gateway => RefusalReason::OtherNetwork,
+            Self::Unidentified => RefusalReason::DestinationUnclear,
         }
     }
 }
@@ -65,6 +68,9 @@ impl fmt::Display for Detour {
             }
             Self::Gateway => {
                 "the destination is in another network, whose gateway this agent does not speak to"
+            }
+            Self::Unidentified => {
+                "the names that the directory's source has of the destination form no identity"
             }
         })
     }

@@ -145,13 +145,11 @@ fn workload(name: &str, message: Workload) -> Result<WorkloadRecord, String> {
     }
     let is_tunnelled = match TunnelProtocol::try_from(message.tunnel_protocol) {
         Ok(TunnelProtocol::None | TunnelProtocol::LegacyIstioMtls) => false,
-        Ok(TunnelProtocol::Hbone) => true,
-        Err(_) => return Err(format!("tunnelProtocol is {}: expected 0, 1 or 2", message.tunnel_protocol)),
+        // A tunnel of a later version is no reason for plaintext.
+        Ok(TunnelProtocol::Hbone) | Err(_) => true,
     };
-    let is_host_network = match NetworkMode::try_from(message.network_mode) {
-        Ok(mode) => mode == NetworkMode::HostNetwork,
-        Err(_) => return Err(format!("networkMode is {}: expected 0 or 1", message.network_mode)),
-    };
+    // The addresses of a node are not those of a workload. Any other mode leaves the workload its addresses.
+    let is_host_network = message.network_mode == NetworkMode::HostNetwork as i32;
     let mut addresses: Vec<IpAddr> = Vec::new();
     for (i, bytes) in message.addresses.iter().enumerate() {
         let address = address(bytes).map_err(|problem| format!("addresses[{i}]: {problem}"))?.to_canonical();
@@ -338,6 +336,9 @@ mod tests {
         let sick = Workload { status: 7, waypoint: Some(GatewayAddress::default()), ..pod() };
         let sick = read_workload(sick).expect("valid");
         assert!(!sick.is_healthy && sick.has_waypoint);
+        let later = Workload { tunnel_protocol: 3, network_mode: 2, ..pod() };
+        let later = read_workload(later).expect("valid");
+        assert!(later.is_tunnelled && !later.is_host_network, "of a later version, and not plaintext");
     }
 
     #[test]
@@ -360,8 +361,6 @@ mod tests {
                 Workload { uid: "other".to_owned(), ..pod() },
                 "uid is \"other\": expected \"c//Pod/shop/web-1\"",
             ),
-            (Workload { tunnel_protocol: 3, ..pod() }, "tunnelProtocol is 3: expected 0, 1 or 2"),
-            (Workload { network_mode: 2, ..pod() }, "networkMode is 2: expected 0 or 1"),
             (
                 Workload { addresses: vec![vec![10, 77]], ..pod() },
                 "addresses[0]: 2 bytes are no address: expected 4 or 16",

@@ -113,15 +113,15 @@ impl DirectoryStore {
             }
             AddressContent::Workload(record) => {
                 self.set_mesh_service(&name, None);
-                self.set_mesh_workload(&name, Some(record));
+                self.set_mesh_workload(&name, Some(Arc::clone(&record)));
+                return self.problems.set_resource(&of, self.workload_problems(&name, &record));
             }
             AddressContent::Service(record) => {
                 self.set_mesh_workload(&name, None);
                 self.problems.set_resource(&of, refused::service_problems(&name, &record));
-                return self.set_mesh_service(&name, Some(record));
+                self.set_mesh_service(&name, Some(record));
             }
         }
-        self.problems.clear(&of);
     }
 
     fn set_mesh_workload(&mut self, uid: &Arc<str>, record: Option<Arc<WorkloadRecord>>) {
@@ -161,10 +161,11 @@ impl DirectoryStore {
         self.put_mesh_workload(uid, &record);
     }
 
-    fn forget_mesh_workload(&mut self, uid: &str, record: &WorkloadRecord) {
+    fn forget_mesh_workload(&mut self, uid: &Arc<str>, record: &WorkloadRecord) {
         let name = self.addresses.directory_name(uid, record);
         let of = DetourOf::Workload(&record.namespace, &name);
         self.changed |= self.directory.set_detour(of, None);
+        self.refuse_workload(uid, None);
         let full = format!("{}/{name}", record.namespace);
         if !self.addresses.own_pods.contains(&full) {
             self.end_pod(&full);
@@ -176,20 +177,26 @@ impl DirectoryStore {
         let addresses = &self.addresses;
         let name = addresses.directory_name(uid, record);
         let full = format!("{}/{name}", record.namespace);
-        let is_pod_here = addresses.is_pod_of_cluster(record) && *record.node == *self.local_node.node;
-        let detour = record.has_waypoint.then_some(Detour::Waypoint);
+        let is_own = addresses.own_pods.contains(&full);
+        let is_pod_here = self.is_pod_here(record);
+        // A gateway has the addresses of another network, of which there may be others here.
+        let is_elsewhere = record.network != addresses.place.network;
+        let detour = match record.has_waypoint {
+            true => Some(Detour::Waypoint),
+            false => (is_elsewhere && !is_own && !is_pod_here).then_some(Detour::Gateway),
+        };
         self.changed |= self.directory.set_detour(DetourOf::Workload(&record.namespace, &name), detour);
-        if addresses.own_pods.contains(&full) {
+        // The addresses of a node and of whatever a WorkloadEntry names are endpoints alone.
+        let is_known =
+            !is_own && !is_pod_here && !record.is_host_network && (record.is_pod || record.is_tunnelled);
+        let identity = self.mesh_identity(record);
+        self.refuse_workload(uid, Some(record).filter(|_| is_known && identity.is_none()));
+        if is_own {
             return;
         }
-        // The addresses of a node, of another network and of whatever a WorkloadEntry names are endpoints alone.
-        let is_known = record.network == addresses.place.network
-            && !is_pod_here
-            && !record.is_host_network
-            && (record.is_pod || record.is_tunnelled);
-        let identity = self.mesh_identity(record).filter(|_| is_known);
-        let Some(identity) = identity else { return self.end_pod(&full) };
-        let claim = if record.is_pod { AddressConflict::Replace } else { AddressConflict::Keep };
+        let Some(identity) = identity.filter(|_| is_known) else { return self.end_pod(&full) };
+        let is_live = record.is_pod && !is_elsewhere;
+        let claim = if is_live { AddressConflict::Replace } else { AddressConflict::Keep };
         let workload = Workload {
             node: self.interner.intern(&self.addresses.node(record)),
             namespace: self.interner.intern(&record.namespace),
@@ -204,6 +211,10 @@ impl DirectoryStore {
             connect: Connect::default(),
         };
         self.put(&full, workload, claim, false);
+    }
+
+    fn is_pod_here(&self, record: &WorkloadRecord) -> bool {
+        self.addresses.is_pod_of_cluster(record) && *record.node == *self.local_node.node
     }
 
     fn mesh_identity(&mut self, record: &WorkloadRecord) -> Option<SpiffeId> {
@@ -277,6 +288,7 @@ impl DirectoryStore {
 
     /// Builds the services again whose workloads or properties have changed.
     pub(super) fn update_mesh_services(&mut self) {
+        self.update_refused();
         for key in std::mem::take(&mut self.addresses.outdated) {
             let Some(record) = self.addresses.services.get(&key).cloned() else { continue };
             let kubernetes = kubernetes_name(&record).map(|name| format!("{}/{name}", record.namespace));

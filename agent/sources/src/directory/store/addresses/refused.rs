@@ -1,12 +1,16 @@
 //! Addresses of istiod that no client may connect to directly.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use ipnet::IpNet;
 use tacit_core::directory::Detour;
 
 use super::super::DirectoryStore;
-use crate::istiod::address::{Distribution, ServiceRecord};
+use crate::istiod::address::{Distribution, ServiceRecord, WorkloadRecord};
 
 /// Maximum number of addresses of one service that is not of Kubernetes. Its creator writes them. A service with a waypoint has all of its
 /// addresses, since a connection to one that is left out would avoid the waypoint. The API server's limit for an object bounds them.
@@ -16,6 +20,8 @@ const OUTER_MAX: usize = 64;
 #[derive(Debug, Default)]
 pub(super) struct Refused {
     ranges: BTreeMap<Arc<str>, (Detour, Vec<IpNet>)>,
+    /// Detours whose ranges differ from those of the directory.
+    outdated: BTreeSet<Detour>,
 }
 
 impl DirectoryStore {
@@ -26,22 +32,62 @@ impl DirectoryStore {
         self.set_refused(key, new);
     }
 
-    fn set_refused(&mut self, key: &Arc<str>, new: Option<(Detour, Vec<IpNet>)>) {
-        let known = &mut self.addresses.refused.ranges;
-        if known.get(key) == new.as_ref() {
+    /// Refuses connections to the addresses of a workload whose names form no identity. Without a record it ends that.
+    pub(super) fn refuse_workload(&mut self, uid: &Arc<str>, record: Option<&WorkloadRecord>) {
+        let known = self.addresses.refused.ranges.get(uid);
+        let before = known.map(|(_, ranges)| ranges.iter().map(IpNet::addr).collect::<Vec<_>>());
+        let now = record.map(|record| &record.addresses);
+        if before.as_ref() == now {
             return;
         }
-        let detour = new.as_ref().map(|(detour, _)| *detour);
+        if let Some(addresses) = now {
+            self.range_discovery.enrolled(addresses, self.directory.ranges());
+        }
+        self.range_discovery.unused(&before.unwrap_or_default());
+        let new = now.map(|now| now.iter().copied().map(IpNet::from).collect());
+        self.set_refused(uid, new.map(|ranges| (Detour::Unidentified, ranges)));
+    }
+
+    fn set_refused(&mut self, key: &Arc<str>, new: Option<(Detour, Vec<IpNet>)>) {
+        let Refused { ranges, outdated } = &mut self.addresses.refused;
+        if ranges.get(key) == new.as_ref() {
+            return;
+        }
+        outdated.extend(new.as_ref().map(|(detour, _)| *detour));
         let before = match new {
-            Some(new) => known.insert(Arc::clone(key), new),
-            None => known.remove(key),
+            Some(new) => ranges.insert(Arc::clone(key), new),
+            None => ranges.remove(key),
         };
-        for detour in [before.map(|(detour, _)| detour), detour].into_iter().flatten() {
-            let of_detour = known.values().filter(|(of, _)| *of == detour);
+        outdated.extend(before.map(|(detour, _)| detour));
+    }
+
+    /// Takes the ranges into the directory, once for a batch of changes.
+    pub(super) fn update_refused(&mut self) {
+        let Refused { ranges, outdated } = &mut self.addresses.refused;
+        for detour in std::mem::take(outdated) {
+            let of_detour = ranges.values().filter(|(of, _)| *of == detour);
             let ranges: Vec<IpNet> = of_detour.flat_map(|(_, ranges)| ranges.iter().copied()).collect();
             self.directory.set_detour_ranges(detour, &ranges);
+            self.changed = true;
         }
-        self.changed = true;
+    }
+
+    /// Returns the problems of a workload that is in the store.
+    pub(super) fn workload_problems(&self, uid: &str, record: &WorkloadRecord) -> Vec<String> {
+        let WorkloadRecord { namespace, service_account, network, .. } = record;
+        let own = &self.addresses.place.network;
+        let unidentified = self.addresses.refused.ranges.contains_key(uid).then(|| {
+            let domain = record.trust_domain.as_deref().unwrap_or_default();
+            format!(
+                "workload {uid} of istiod: trust domain {domain:?}, namespace {namespace:?} and service account {service_account:?} form no identity: connections to its addresses are refused"
+            )
+        });
+        let misplaced = (self.is_pod_here(record) && network != own).then(|| {
+            format!(
+                "workload {uid} of istiod is a pod of this node in network {network:?}: expected {own:?}, the configured network"
+            )
+        });
+        unidentified.into_iter().chain(misplaced).collect()
     }
 }
 

@@ -39,3 +39,55 @@ fn no_address_of_a_service_leads_around_its_waypoint() {
         }
     }
 }
+
+#[test]
+fn a_workload_of_another_network_is_refused_unless_somebody_here_has_its_address() {
+    let mut store = store();
+    send_workload(&mut store, pod("other", "10.77.2.2", |w| w.network = "n2".to_owned()));
+    assert_eq!(detour(&mut store, "10.77.2.2:8080"), Some(Detour::Gateway));
+    send_workload(&mut store, pod("near", "10.77.2.2", |_| {}));
+    assert_eq!(detour(&mut store, "10.77.2.2:8080"), None, "an address means another pod here");
+    assert!(!store.directory.is_unclear([10, 77, 2, 2].into()));
+    remove(&mut store, "c//Pod/shop/near");
+    assert_eq!(detour(&mut store, "10.77.2.2:8080"), Some(Detour::Gateway));
+    remove(&mut store, "c//Pod/shop/other");
+    assert_eq!(detour(&mut store, "10.77.2.2:8080"), None);
+}
+
+#[test]
+fn a_workload_without_a_readable_identity_is_refused_and_shown() {
+    let ip = "10.77.2.2:8080";
+    let address: std::net::IpAddr = [10, 77, 2, 2].into();
+    let broken: [fn(&mut WorkloadRecord); 2] =
+        [|w| w.trust_domain = Some("No Domain".to_owned()), |w| w.service_account = "a/b".to_owned()];
+    let mut store = store();
+    for change in broken {
+        send_workload(&mut store, pod("far", "10.77.2.2", |_| {}));
+        assert_eq!(detour(&mut store, ip), None);
+        send_workload(&mut store, pod("far", "10.77.2.2", change));
+        assert_eq!(detour(&mut store, ip), Some(Detour::Unidentified));
+        assert!(store.directory.at(address).is_none() && store.directory.ranges().contains(address));
+        let shown = store.invalid_objects().list;
+        assert!(shown.len() == 1 && shown[0].contains("form no identity"), "{shown:?}");
+        send_workload(&mut store, pod("far", "10.77.2.2", |_| {}));
+        assert_eq!((detour(&mut store, ip), store.invalid_objects().list.len()), (None, 0));
+        send_workload(&mut store, pod("far", "10.77.2.2", change));
+        remove(&mut store, "c//Pod/shop/far");
+        assert_eq!((detour(&mut store, ip), store.invalid_objects().list.len()), (None, 0));
+    }
+}
+
+#[test]
+fn a_pod_here_in_another_network_than_the_configured_one_is_shown() {
+    let mut store = store();
+    store.apply_change(Change::Applied(own_pod("here", "10.77.1.2")));
+    let here = |network: &str| {
+        pod("here", "10.77.1.2", |w| (w.node, w.network) = ("a".to_owned(), network.to_owned()))
+    };
+    send_workload(&mut store, here("n2"));
+    let shown = store.invalid_objects().list;
+    assert!(shown.len() == 1 && shown[0].contains("network \"n2\": expected \"\""), "{shown:?}");
+    assert_eq!(detour(&mut store, "10.77.1.2:8080"), None, "the API has it");
+    send_workload(&mut store, here(""));
+    assert!(store.invalid_objects().list.is_empty());
+}
