@@ -23,6 +23,8 @@ pub enum Detour {
     Waypoint,
     /// A gateway of another network.
     Gateway,
+    /// Not known, since the source has not named the pod yet. It may have a waypoint.
+    Unnamed,
     /// Not known, since the source's names of the workload form no identity.
     Unidentified,
 }
@@ -53,7 +55,7 @@ impl Detour {
     #[must_use]
     pub fn reason(self) -> RefusalReason {
         match self {
-            Self::Waypoint => RefusalReason::ThroughWaypoint,
+            Self::Waypoint | Self::Unnamed => RefusalReason::ThroughWaypoint,
             Self::Gateway => RefusalReason::OtherNetwork,
             Self::Unidentified => RefusalReason::DestinationUnclear,
         }
@@ -69,6 +71,7 @@ impl fmt::Display for Detour {
             Self::Gateway => {
                 "the destination is in another network, whose gateway this agent does not speak to"
             }
+            Self::Unnamed => "istiod has not named the pod yet, so that it may have a waypoint",
             Self::Unidentified => {
                 "the names that the directory's source has of the destination form no identity"
             }

@@ -12,7 +12,7 @@ use super::{
     authorization::address,
     messages::{
         Address, AddressKind, BalancingMode, BalancingScope, HealthPolicy, LoadBalancing, NetworkAddress,
-        NetworkMode, Port, Service, TunnelProtocol, Workload, WorkloadStatus,
+        NetworkMode, Port, Service, TunnelProtocol, Visibility, Workload, WorkloadStatus,
     },
 };
 
@@ -95,6 +95,8 @@ pub(crate) struct ServiceRecord {
     pub(crate) ranges: Vec<IpNet>,
     pub(crate) ports: Vec<PortPair>,
     pub(crate) has_waypoint: bool,
+    /// True if clients of all namespaces see it.
+    pub(crate) is_public: bool,
     pub(crate) balancing: Balancing,
 }
 
@@ -223,6 +225,7 @@ fn service(name: &str, message: Service, network: &str) -> Result<ServiceRecord,
         addresses,
         ranges,
         has_waypoint: message.waypoint.is_some() || !message.weighted_waypoints.is_empty(),
+        is_public: message.visibility == Visibility::Public as i32,
         balancing,
     })
 }
@@ -352,6 +355,9 @@ mod tests {
         assert_eq!(read.balancing, Balancing::default());
         let weighted = Service { weighted_waypoints: vec![WeightedWaypoint::default()], ..web() };
         assert!(read_service(weighted).expect("valid").has_waypoint);
+        for (visibility, is_public) in [(0, true), (1, false), (2, false)] {
+            assert_eq!(read_service(Service { visibility, ..web() }).expect("valid").is_public, is_public);
+        }
     }
 
     #[test]

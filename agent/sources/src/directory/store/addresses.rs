@@ -85,6 +85,11 @@ impl Addresses {
         if self.is_pod_of_cluster(record) { record.name.clone() } else { uid.to_owned() }
     }
 
+    /// Returns the name of the resource of a pod of the cluster, `namespace/name`.
+    fn uid(&self, full: &str) -> String {
+        format!("{}//Pod/{full}", self.place.cluster)
+    }
+
     fn node(&self, record: &WorkloadRecord) -> String {
         if record.node.is_empty() || record.cluster == self.place.cluster {
             return record.node.clone();
@@ -167,7 +172,9 @@ impl DirectoryStore {
         self.changed |= self.directory.set_detour(of, None);
         self.refuse_workload(uid, None);
         let full = format!("{}/{name}", record.namespace);
-        if !self.addresses.own_pods.contains(&full) {
+        if self.addresses.own_pods.contains(&full) {
+            self.set_own_detour(&full);
+        } else {
             self.end_pod(&full);
         }
     }
@@ -181,11 +188,13 @@ impl DirectoryStore {
         let is_pod_here = self.is_pod_here(record);
         // A gateway has the addresses of another network, of which there may be others here.
         let is_elsewhere = record.network != addresses.place.network;
-        let detour = match record.has_waypoint {
-            true => Some(Detour::Waypoint),
-            false => (is_elsewhere && !is_own && !is_pod_here).then_some(Detour::Gateway),
-        };
-        self.changed |= self.directory.set_detour(DetourOf::Workload(&record.namespace, &name), detour);
+        if is_own {
+            self.set_own_detour(&full);
+        } else {
+            let other = (is_elsewhere && !is_pod_here).then_some(Detour::Gateway);
+            let detour = if record.has_waypoint { Some(Detour::Waypoint) } else { other };
+            self.changed |= self.directory.set_detour(DetourOf::Workload(&record.namespace, &name), detour);
+        }
         // The addresses of a node and of whatever a WorkloadEntry names are endpoints alone.
         let is_known =
             !is_own && !is_pod_here && !record.is_host_network && (record.is_pod || record.is_tunnelled);
@@ -235,10 +244,8 @@ impl DirectoryStore {
         if !self.addresses.own_pods.remove(full) {
             return;
         }
-        let uid = full
-            .split_once('/')
-            .map(|(namespace, name)| format!("{}//Pod/{namespace}/{name}", self.addresses.place.cluster));
-        let known = uid.and_then(|uid| self.addresses.workloads.get_key_value(uid.as_str()));
+        self.set_own_detour(full);
+        let known = self.addresses.workloads.get_key_value(self.addresses.uid(full).as_str());
         if let Some((uid, record)) = known.map(|(uid, record)| (Arc::clone(uid), Arc::clone(record))) {
             self.put_mesh_workload(&uid, &record);
         }

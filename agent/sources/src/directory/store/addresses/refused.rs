@@ -7,7 +7,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tacit_core::directory::Detour;
+use tacit_core::directory::{Detour, DetourOf};
 
 use super::super::DirectoryStore;
 use crate::istiod::address::{Distribution, ServiceRecord, WorkloadRecord};
@@ -25,6 +25,23 @@ pub(super) struct Refused {
 }
 
 impl DirectoryStore {
+    /// Sets the detour of a pod that the Kubernetes API has. A pod that istiod has not named with one of its addresses may have a waypoint.
+    /// A record with other addresses is that of an earlier pod.
+    pub(in super::super) fn set_own_detour(&mut self, full: &str) {
+        let Some((namespace, name)) = full.split_once('/') else { return };
+        let record = self.addresses.workloads.get(self.addresses.uid(full).as_str());
+        let detour = self.directory.named(namespace, name).and_then(|workload| {
+            let is_named = |record: &&Arc<WorkloadRecord>| {
+                record.addresses.iter().any(|address| workload.addresses.contains(address))
+            };
+            match record.filter(is_named) {
+                Some(record) => record.has_waypoint.then_some(Detour::Waypoint),
+                None => Some(Detour::Unnamed),
+            }
+        });
+        self.changed |= self.directory.set_detour(DetourOf::Workload(namespace, name), detour);
+    }
+
     /// Replaces the ranges of a service with a waypoint.
     pub(super) fn set_refused_ranges(&mut self, key: &Arc<str>, record: Option<&ServiceRecord>) {
         let ranges = record.filter(|record| record.has_waypoint).map(|record| record.ranges.clone());
@@ -96,7 +113,8 @@ pub(super) fn outer_addresses(record: &ServiceRecord) -> Vec<IpAddr> {
     if record.has_waypoint {
         return record.addresses.clone();
     }
-    let is_balanced = record.balancing.mode != Distribution::Passthrough;
+    // Clients of other namespaces reach the address itself, and the directory is one for all of them.
+    let is_balanced = record.balancing.mode != Distribution::Passthrough && record.is_public;
     record.addresses.iter().copied().take(OUTER_MAX).filter(|_| is_balanced).collect()
 }
 
@@ -110,12 +128,18 @@ pub(super) fn service_problems(name: &str, record: &ServiceRecord) -> Vec<String
             "service {name} of istiod: range {range} is not used: connections into it are not load-balanced"
         )
     });
-    let is_cut = super::kubernetes_name(record).is_none() && record.addresses.len() > OUTER_MAX;
+    let is_outer = super::kubernetes_name(record).is_none();
+    let hidden = (is_outer && !record.is_public && !record.addresses.is_empty()).then(|| {
+        format!(
+            "service {name} of istiod is not visible in all namespaces: connections to its addresses are not load-balanced"
+        )
+    });
+    let is_cut = is_outer && record.is_public && record.addresses.len() > OUTER_MAX;
     let cut = is_cut.then(|| {
         format!(
             "service {name} of istiod has {} addresses: connections to all but the first {OUTER_MAX} are not load-balanced",
             record.addresses.len()
         )
     });
-    ranges.chain(cut).collect()
+    ranges.chain(hidden).chain(cut).collect()
 }

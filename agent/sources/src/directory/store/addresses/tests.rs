@@ -106,6 +106,7 @@ fn service(change: impl FnOnce(&mut ServiceRecord)) -> ServiceRecord {
         ranges: Vec::new(),
         ports: vec![PortPair { service: 80, target: 8080 }],
         has_waypoint: false,
+        is_public: true,
         balancing: Balancing::default(),
     };
     change(&mut record);

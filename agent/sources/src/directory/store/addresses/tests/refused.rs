@@ -91,3 +91,53 @@ fn a_pod_here_in_another_network_than_the_configured_one_is_shown() {
     send_workload(&mut store, here(""));
     assert!(store.invalid_objects().list.is_empty());
 }
+
+#[test]
+fn a_service_of_one_namespace_has_no_addresses_of_its_own() {
+    let entry = |is_public, has_waypoint| {
+        service(|s| {
+            s.hostname = "x.example".to_owned();
+            (s.is_public, s.has_waypoint) = (is_public, has_waypoint);
+            s.addresses = vec![[198, 51, 100, 1].into()];
+        })
+    };
+    let at = "198.51.100.1:80";
+    let mut store = store();
+    send_service(&mut store, entry(true, false));
+    assert_eq!(detour(&mut store, at), None);
+    let is_known = |store: &DirectoryStore| store.directory.service_for(at.parse().expect("valid")).is_some();
+    assert!(is_known(&store) && store.invalid_objects().list.is_empty());
+    send_service(&mut store, entry(false, false));
+    assert_eq!(detour(&mut store, at), None);
+    assert!(!is_known(&store));
+    let shown = store.invalid_objects().list;
+    assert!(shown.len() == 1 && shown[0].contains("not visible in all namespaces"), "{shown:?}");
+    send_service(&mut store, entry(false, true));
+    assert_eq!(detour(&mut store, at), Some(Detour::Waypoint));
+}
+
+#[test]
+fn a_pod_here_may_have_a_waypoint_until_istiod_names_it() {
+    let ip = "10.77.1.2:8080";
+    let here = |ip: &str, has_waypoint| {
+        pod("here", ip, |w| (w.node, w.has_waypoint) = ("a".to_owned(), has_waypoint))
+    };
+    let mut store = store();
+    store.apply_change(Change::Applied(own_pod("here", "10.77.1.2")));
+    assert_eq!(detour(&mut store, ip), Some(Detour::Unnamed));
+    send_workload(&mut store, here("10.77.1.2", false));
+    assert_eq!(detour(&mut store, ip), None);
+    remove(&mut store, "c//Pod/shop/here");
+    assert_eq!(detour(&mut store, ip), Some(Detour::Unnamed), "the API has it");
+    send_workload(&mut store, here("10.77.1.9", false));
+    assert_eq!(detour(&mut store, ip), Some(Detour::Unnamed), "an earlier pod of the same name");
+    send_workload(&mut store, here("10.77.1.2", true));
+    assert_eq!(detour(&mut store, ip), Some(Detour::Waypoint));
+    send_workload(&mut store, here("10.77.1.2", false));
+    store.apply_change(Change::Applied(own_pod("here", "10.77.1.3")));
+    assert_eq!(detour(&mut store, "10.77.1.3:8080"), Some(Detour::Unnamed), "created again");
+    remove(&mut store, "c//Pod/shop/here");
+    store.apply_change(Change::Deleted(own_pod("here", "10.77.1.3")));
+    let gone = DetourOf::Workload("shop", "here");
+    assert!(!store.directory.set_detour(gone, None), "nothing stays");
+}
