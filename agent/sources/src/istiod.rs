@@ -13,7 +13,7 @@
 //! |---|---|
 //! | `messages` | the messages, by hand |
 //! | `address`, `authorization` | messages become records and policies; pure |
-//! | `session` | versions, ACK and NACK; pure |
+//! | `session` | names of what is known, ACK and NACK; pure |
 //! | `client` | the connection |
 //! | `policies` | the store of policies |
 
