@@ -256,6 +256,18 @@ async fn a_policy_may_come_after_the_workload_that_lists_it() {
     policies_with(&policies, |policies| allows(policies, 1) && mode(policies, 1) == Mode::Permissive).await;
 }
 
+#[tokio::test]
+async fn a_list_settles_without_a_connection() {
+    let mut harness = Harness::start();
+    let mut stream = harness.stream().await;
+    begin(&mut stream).await;
+    let (_, policies) = harness.complete().await;
+    stream.exchange(&response(Address, "3", vec![pod(1, "a", &["shop/never"])], &[])).await;
+    stream.reset();
+    // Nobody answers the next connection.
+    policies_with(&policies, |policies| !allows(policies, 1)).await;
+}
+
 /// Prints what ten thousand workloads cost. It fails only if they are not all there.
 #[tokio::test]
 async fn ten_thousand_workloads_are_one_response() {
