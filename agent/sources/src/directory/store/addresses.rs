@@ -109,17 +109,17 @@ impl DirectoryStore {
                 let problem = format!(
                     "resource {name} of istiod cannot be read, the version before stays in use: {problem}"
                 );
-                return self.problems.set_resource(&of, vec![problem]);
+                self.problems.set_resource(&of, vec![problem]);
             }
             AddressContent::Removed => {
                 self.set_mesh_workload(&name, None);
                 self.set_mesh_service(&name, None);
-                return self.problems.clear(&of);
+                self.problems.clear(&of);
             }
             AddressContent::Workload(record) => {
                 self.set_mesh_service(&name, None);
                 self.set_mesh_workload(&name, Some(Arc::clone(&record)));
-                return self.problems.set_resource(&of, self.workload_problems(&name, &record));
+                self.problems.set_resource(&of, self.workload_problems(&name, &record));
             }
             AddressContent::Service(record) => {
                 self.set_mesh_workload(&name, None);
