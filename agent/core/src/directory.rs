@@ -180,6 +180,7 @@ pub struct Directory {
     ranges: Arc<Ranges>,
     /// Workloads and services that clients must not connect to directly.
     detours: CowMap<Arc<str>, Detour>,
+    detour_ranges: Arc<detour::DetourRanges>,
 }
 
 /// The workloads of a node, by name. A node has some hundred at most, but 10,000 pod objects can name one node.

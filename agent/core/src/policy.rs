@@ -50,7 +50,7 @@ pub use authorization::{
     reduced::{Listed, ReducedAction, ReducedMatch, ReducedPolicy, ReducedRules, ReducedScope, TextMatch},
 };
 pub use object::{Origin, PolicyKind, PolicyObject};
-pub use reduced::{ReducedNamespace, ReducedStrictness};
+pub use reduced::{ReducedListing, ReducedNamespace, ReducedStrictness};
 pub use share::PolicyUsage;
 pub use tacit_abi::Mode;
 

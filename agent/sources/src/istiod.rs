@@ -13,7 +13,8 @@
 //! |---|---|
 //! | `messages` | the messages, by hand |
 //! | `address`, `authorization` | messages become records and policies; pure |
-//! | `session` | versions, ACK and NACK; pure |
+//! | `settle` | the end of a time of changes |
+//! | `session` | names of what is known, ACK and NACK; pure |
 //! | `client` | the connection |
 //! | `policies` | the store of policies |
 
@@ -35,6 +36,7 @@ mod client;
 pub(crate) mod messages;
 mod policies;
 mod session;
+mod settle;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

@@ -1,10 +1,12 @@
 //! The reduced policies of a mesh, as far as they concern the workloads of one node. Pure.
 //!
 //! Workloads list the policies whose selector selects them. A workload of the node that the source has not named yet is STRICT, and
-//! every connection to it is denied: the policies that it would list are not known.
+//! every connection to it is denied: the policies that it would list are not known. The same holds if the source names the workload with
+//! other addresses: it means an earlier pod of the same name.
 
 use std::{
     collections::{BTreeMap, HashMap},
+    net::IpAddr,
     sync::Arc,
 };
 
@@ -30,9 +32,24 @@ pub struct ReducedNamespace {
     /// Those that hold for all of its workloads.
     pub scoped: Vec<ReducedPolicy>,
     /// Those that each of its workloads of this node lists, by the workload's name.
-    pub listed: HashMap<Arc<str>, Vec<ReducedPolicy>>,
+    pub listed: HashMap<Arc<str>, ReducedListing>,
     /// The used part of the namespace's share.
     pub usage: PolicyUsage,
+}
+
+/// The policies that a workload lists.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ReducedListing {
+    /// The addresses of the workload. They tell a workload from an earlier one of the same name.
+    pub addresses: Vec<IpAddr>,
+    /// In the order of the list.
+    pub policies: Vec<ReducedPolicy>,
+}
+
+impl ReducedListing {
+    fn is_of(&self, workload: &Workload) -> bool {
+        self.addresses.iter().any(|address| workload.addresses.contains(address))
+    }
 }
 
 /// STRICT modes of a mesh, as far as its policies show them.
@@ -91,6 +108,7 @@ impl ReducedPolicies {
         let own = self.namespaces.get(&*workload.namespace);
         let scoped = own.into_iter().flat_map(|own| &own.scoped);
         let listed = own.and_then(|own| own.listed.get(&*workload.name));
+        let listed = listed.filter(|listed| listed.is_of(workload)).map(|listed| &listed.policies);
         let is_unnamed = listed.is_none() && *workload.node == *self.node;
         let unnamed = is_unnamed.then_some(&self.not_named);
         self.global.iter().chain(scoped).chain(listed.into_iter().flatten()).chain(unnamed)

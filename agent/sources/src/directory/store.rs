@@ -157,10 +157,15 @@ impl DirectoryStore {
                 self.namespace(namespace.metadata.name, enrols);
             }
             Object::Pod(pod) => {
-                if self.source == MeshSource::Istiod {
-                    self.own_pod(&full_name(&pod.metadata));
+                let name = full_name(&pod.metadata);
+                let is_own = self.source == MeshSource::Istiod;
+                if is_own {
+                    self.own_pod(&name);
                 }
                 self.pod(*pod);
+                if is_own {
+                    self.set_own_detour(&name);
+                }
             }
             Object::Address(address) => self.address(*address),
             Object::Service(service) => self.service(*service),

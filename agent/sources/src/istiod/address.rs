@@ -4,6 +4,7 @@
 
 use std::{net::IpAddr, sync::Arc};
 
+use ipnet::IpNet;
 use prost::Message as _;
 use tacit_core::directory::special_address;
 
@@ -11,7 +12,7 @@ use super::{
     authorization::address,
     messages::{
         Address, AddressKind, BalancingMode, BalancingScope, HealthPolicy, LoadBalancing, NetworkAddress,
-        NetworkMode, Port, Service, TunnelProtocol, Workload, WorkloadStatus,
+        NetworkMode, Port, Service, TunnelProtocol, Visibility, Workload, WorkloadStatus,
     },
 };
 
@@ -90,10 +91,12 @@ pub(crate) struct ServiceRecord {
     pub(crate) hostname: String,
     /// In the agent's network, without ranges.
     pub(crate) addresses: Vec<IpAddr>,
-    /// Ranges of addresses, which the directory does not have.
-    pub(crate) ranges: Vec<String>,
+    /// Ranges of addresses in the agent's network. They are not load-balanced.
+    pub(crate) ranges: Vec<IpNet>,
     pub(crate) ports: Vec<PortPair>,
     pub(crate) has_waypoint: bool,
+    /// True if clients of all namespaces see it.
+    pub(crate) is_public: bool,
     pub(crate) balancing: Balancing,
 }
 
@@ -144,13 +147,11 @@ fn workload(name: &str, message: Workload) -> Result<WorkloadRecord, String> {
     }
     let is_tunnelled = match TunnelProtocol::try_from(message.tunnel_protocol) {
         Ok(TunnelProtocol::None | TunnelProtocol::LegacyIstioMtls) => false,
-        Ok(TunnelProtocol::Hbone) => true,
-        Err(_) => return Err(format!("tunnelProtocol is {}: expected 0, 1 or 2", message.tunnel_protocol)),
+        // A tunnel of a later version is no reason for plaintext.
+        Ok(TunnelProtocol::Hbone) | Err(_) => true,
     };
-    let is_host_network = match NetworkMode::try_from(message.network_mode) {
-        Ok(mode) => mode == NetworkMode::HostNetwork,
-        Err(_) => return Err(format!("networkMode is {}: expected 0 or 1", message.network_mode)),
-    };
+    // The addresses of a node are not those of a workload. Any other mode leaves the workload its addresses.
+    let is_host_network = message.network_mode == NetworkMode::HostNetwork as i32;
     let mut addresses: Vec<IpAddr> = Vec::new();
     for (i, bytes) in message.addresses.iter().enumerate() {
         let address = address(bytes).map_err(|problem| format!("addresses[{i}]: {problem}"))?.to_canonical();
@@ -201,7 +202,11 @@ fn service(name: &str, message: Service, network: &str) -> Result<ServiceRecord,
             Some(length) if *length > bits => {
                 return Err(format!("addresses[{i}]: {length} bits of {address}: expected at most {bits}"));
             }
-            Some(length) if *length < bits => ranges.push(format!("{address}/{length}")),
+            Some(length) if *length < bits => {
+                if let Some(range) = range(address, *length).filter(|_| of == network) {
+                    ranges.push(range);
+                }
+            }
             _ => {
                 let address = address.to_canonical();
                 let is_used = of == network && special_address(address).is_none();
@@ -220,8 +225,17 @@ fn service(name: &str, message: Service, network: &str) -> Result<ServiceRecord,
         addresses,
         ranges,
         has_waypoint: message.waypoint.is_some() || !message.weighted_waypoints.is_empty(),
+        is_public: message.visibility == Visibility::Public as i32,
         balancing,
     })
+}
+
+/// Returns a range in the form that lookups use: a range of IPv4-mapped addresses is one of IPv4.
+fn range(address: IpAddr, length: u32) -> Option<IpNet> {
+    let canonical = address.to_canonical();
+    let mapped = if canonical.is_ipv4() == address.is_ipv4() { 0 } else { 96 };
+    let (address, length) = if length < mapped { (address, length) } else { (canonical, length - mapped) };
+    Some(IpNet::new(address, u8::try_from(length).ok()?).ok()?.trunc())
 }
 
 fn balancing(message: LoadBalancing) -> Result<Balancing, String> {
@@ -325,16 +339,25 @@ mod tests {
         let sick = Workload { status: 7, waypoint: Some(GatewayAddress::default()), ..pod() };
         let sick = read_workload(sick).expect("valid");
         assert!(!sick.is_healthy && sick.has_waypoint);
+        let later = Workload { tunnel_protocol: 3, network_mode: 2, ..pod() };
+        let later = read_workload(later).expect("valid");
+        assert!(later.is_tunnelled && !later.is_host_network, "of a later version, and not plaintext");
     }
 
     #[test]
     fn a_service_has_the_addresses_of_the_own_network() {
         let read = read_service(web()).expect("valid");
         assert_eq!(read.addresses, [IpAddr::from([10, 96, 0, 1]), IpAddr::from([10, 96, 0, 2])]);
-        assert_eq!((read.ranges.as_slice(), read.has_waypoint), (&["10.97.0.0/16".to_owned()][..], false));
+        assert_eq!(
+            (read.ranges.as_slice(), read.has_waypoint),
+            (&["10.97.0.0/16".parse().expect("a range")][..], false)
+        );
         assert_eq!(read.balancing, Balancing::default());
         let weighted = Service { weighted_waypoints: vec![WeightedWaypoint::default()], ..web() };
         assert!(read_service(weighted).expect("valid").has_waypoint);
+        for (visibility, is_public) in [(0, true), (1, false), (2, false)] {
+            assert_eq!(read_service(Service { visibility, ..web() }).expect("valid").is_public, is_public);
+        }
     }
 
     #[test]
@@ -344,8 +367,6 @@ mod tests {
                 Workload { uid: "other".to_owned(), ..pod() },
                 "uid is \"other\": expected \"c//Pod/shop/web-1\"",
             ),
-            (Workload { tunnel_protocol: 3, ..pod() }, "tunnelProtocol is 3: expected 0, 1 or 2"),
-            (Workload { network_mode: 2, ..pod() }, "networkMode is 2: expected 0 or 1"),
             (
                 Workload { addresses: vec![vec![10, 77]], ..pod() },
                 "addresses[0]: 2 bytes are no address: expected 4 or 16",
@@ -372,6 +393,16 @@ mod tests {
         }
         assert_eq!(read("x", &[], "").expect_err("refused"), "neither a workload nor a service");
         assert!(read("x", &[0xff], "").expect_err("refused").starts_with("no istio.workload.Address"));
+    }
+
+    #[test]
+    fn ranges_of_mapped_addresses_are_ranges_of_ipv4() {
+        let text = |address: &str, length| {
+            range(address.parse().expect("an address"), length).map(|range| range.to_string())
+        };
+        assert_eq!(text("::ffff:10.97.3.0", 112).as_deref(), Some("10.97.0.0/16"));
+        assert_eq!(text("::ffff:10.97.3.0", 64).as_deref(), Some("::/64"));
+        assert_eq!(text("fd77::1", 64).as_deref(), Some("fd77::/64"));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! ```text
 //! dial ─> HTTP/2 ─> requests ─> response ─> read on a thread for blocking work ─> stores ─> ACK or NACK ─┐
 //!  ▲                              ▲──────────────────────────────────────────────────────────────────────┘
-//!  └── pause ── failed            quiet for a second ─> what belongs together has arrived
+//!  └── pause ── failed            quiet for a second, or five seconds, connected or not ─> what belongs together has arrived
 //! ```
 //! The state of the session stays while istiod is away. Pauses double from half a second to half a minute, with jitter. A store that is
 //! behind slows the stream down.
@@ -29,6 +29,7 @@ use super::{
     messages::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node},
     policies::{Listing, PolicyDocument, PolicyResource},
     session::{Accepted, Content, ReadResource, ResourceType, Session, TypeStatus, read},
+    settle::{LONGEST, settle},
 };
 use crate::{
     directory::objects::{Object, ResourceKind},
@@ -112,6 +113,8 @@ pub(super) struct Client {
     state: watch::Sender<ConnectionState>,
     settle: Duration,
     long: Duration,
+    /// Changes with each response.
+    touched: watch::Sender<()>,
 }
 
 /// The way a connection ended.
@@ -137,7 +140,17 @@ impl Client {
     ) -> Self {
         let types = &ResourceType::ALL[..if sinks.policies.is_some() { 2 } else { 1 }];
         let session = Session::new(node, types);
-        Self { dial, origin, own, session, sinks, state, settle: SETTLE, long: LONG }
+        Self {
+            dial,
+            origin,
+            own,
+            session,
+            sinks,
+            state,
+            settle: SETTLE,
+            long: LONG,
+            touched: watch::Sender::new(()),
+        }
     }
 
     #[cfg(test)]
@@ -145,7 +158,16 @@ impl Client {
         Self { settle, long, ..self }
     }
 
-    pub(super) async fn run(mut self) {
+    pub(super) async fn run(self) {
+        let settling = settle(self.touched.subscribe(), self.sinks.policies.clone(), (self.settle, LONGEST));
+        tokio::select! {
+            () = self.connections() => {}
+            () = settling => {}
+        }
+    }
+
+    /// Opens one connection after the other.
+    async fn connections(mut self) {
         let mut pause = Pause::default();
         loop {
             let begin = Instant::now();
@@ -180,18 +202,12 @@ impl Client {
             send(&mut sender, &request).await?;
         }
         let first_limit = Instant::now() + FIRST_RESPONSE;
-        let mut settle: Option<Instant> = None;
         let mut is_answered = false;
         loop {
             let message = tokio::select! {
                 message = receiver.message() => message,
                 () = sleep_until(first_limit), if !is_answered => {
                     return Err(format!("no response to the subscription within {FIRST_RESPONSE:?}").into());
-                }
-                () = sleep_until(settle.unwrap_or(first_limit)), if settle.is_some() => {
-                    settle = None;
-                    self.tell_policies(Update::Change(Change::Applied(PolicyDocument::Settle))).await?;
-                    continue;
                 }
                 () = self.sinks.directory.closed() => return Ok(()),
             };
@@ -200,13 +216,15 @@ impl Client {
                 Ok(None) => return Err("istiod ended the stream".to_owned().into()),
                 Err(error) => return Err(explained(&error).into()),
             };
+            // Also before: the rest of what belongs together may be in this response.
+            self.touched.send_replace(());
             let answer = self.response(response).await?;
+            self.touched.send_replace(());
             if !std::mem::replace(&mut is_answered, true) {
                 *pause = Pause::default();
                 self.connected();
             }
             send(&mut sender, &answer).await?;
-            settle = Some(Instant::now() + self.settle);
         }
     }
 
@@ -326,6 +344,8 @@ impl Client {
         Some(Listing {
             namespace: record.namespace.as_str().into(),
             name: record.name.as_str().into(),
+            // Of no use for others.
+            addresses: if is_here { record.addresses.clone() } else { Vec::new() },
             is_here,
             policies: record.policies.iter().map(|name| name.as_str().into()).collect(),
         })

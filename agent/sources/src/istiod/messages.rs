@@ -23,7 +23,7 @@ pub(crate) use discovery::{
 };
 pub(crate) use workload::{
     Address, AddressKind, BalancingMode, BalancingScope, Extension, HealthPolicy, LoadBalancing,
-    NetworkAddress, NetworkMode, Port, Service, TunnelProtocol, Workload, WorkloadStatus,
+    NetworkAddress, NetworkMode, Port, Service, TunnelProtocol, Visibility, Workload, WorkloadStatus,
 };
 #[cfg(test)]
 pub(crate) use workload::{GatewayAddress, GatewayDestination, PortList, WeightedWaypoint};

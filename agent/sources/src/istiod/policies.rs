@@ -11,11 +11,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    net::IpAddr,
     sync::Arc,
 };
 
 use tacit_core::policy::{
-    Policies, PolicyUsage, ReducedNamespace, ReducedPolicy, ReducedScope, ReducedStrictness,
+    Policies, PolicyUsage, ReducedListing, ReducedNamespace, ReducedPolicy, ReducedScope, ReducedStrictness,
 };
 
 use crate::{
@@ -57,6 +58,7 @@ pub(super) enum PolicyDocument {
 pub(super) struct Listing {
     pub(super) namespace: Arc<str>,
     pub(super) name: Arc<str>,
+    pub(super) addresses: Vec<IpAddr>,
     /// True for a pod of the agent's own node.
     pub(super) is_here: bool,
     /// Names of policies, `<namespace>/<name>`.
@@ -254,15 +256,16 @@ impl ReducedStore {
             }
         }
         let pods = self.here.get(namespace).into_iter().flatten();
-        let listed: HashMap<Arc<str>, Vec<ReducedPolicy>> = pods
+        let listed: HashMap<Arc<str>, ReducedListing> = pods
             .filter_map(|(name, uid)| {
                 let listing = self.listings.get(uid)?;
                 let policies = listing.policies.iter().map(|policy| self.listed_policy(policy));
-                Some((Arc::clone(name), policies.collect()))
+                let addresses = listing.addresses.clone();
+                Some((Arc::clone(name), ReducedListing { addresses, policies: policies.collect() }))
             })
             .collect();
-        let lookups = |policies: &Vec<ReducedPolicy>| -> u64 {
-            let of_namespace = policies.iter().map(|policy| policy.usage().lookups);
+        let lookups = |listing: &ReducedListing| -> u64 {
+            let of_namespace = listing.policies.iter().map(|policy| policy.usage().lookups);
             of_namespace.fold(0, u64::saturating_add)
         };
         usage.lookups = usage.lookups.saturating_add(listed.values().map(lookups).max().unwrap_or(0));

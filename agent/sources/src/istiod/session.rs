@@ -1,12 +1,12 @@
 //! The state of the delta xDS session, which outlives connections. Pure.
 //!
 //! ```text
-//! connected ─> a request for each type: everything, with the versions of what is known
+//! connected ─> a request for each type: everything
 //! response  ─> what was read, what is gone, and an ACK; a NACK if something cannot be read
-//! broken    ─> everything stays; the next connection resumes
+//! broken    ─> everything stays; what the first response of the next connection does not have is gone
 //! ```
-//! istiod answers a resumed session with all resources and the names of those that are gone. The versions of a very large mesh do not fit
-//! into a request that gRPC servers accept. Then they are left out, and what the first response does not have is gone.
+//! No request names the versions of what is known. Some versions of istiod answer such a request without the resources that were created
+//! while the agent was away.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,8 +27,6 @@ use tacit_core::policy::ReducedPolicy;
 pub(super) const ADDRESSES_MAX: usize = 262_144;
 /// Most policies: 32 times the share of one namespace.
 pub(super) const AUTHORIZATIONS_MAX: usize = 65_536;
-/// Longest list of versions in a request, in bytes. Servers of gRPC accept 4 MiB by default.
-const VERSIONS_MAX_BYTES: usize = 3 << 20;
 /// Most resources that a NACK names.
 const NAMED_MAX: usize = 5;
 /// Longest name of a resource, in bytes: that of two names of Kubernetes and a cluster.
@@ -76,7 +74,6 @@ pub(super) enum Content {
 #[derive(Debug)]
 pub(super) struct ReadResource {
     pub(super) name: Arc<str>,
-    version: String,
     pub(super) content: Result<Content, String>,
 }
 
@@ -95,9 +92,9 @@ pub(super) fn read(response: DeltaDiscoveryResponse, network: &str) -> ReadRespo
     let DeltaDiscoveryResponse { system_version_info, resources, type_url, removed_resources, nonce } =
         response;
     let of = ResourceType::of(&type_url);
-    let resources = resources.into_iter().map(|Resource { name, version, resource, .. }| {
+    let resources = resources.into_iter().map(|Resource { name, resource, .. }| {
         let content = content(of, &name, resource, network);
-        ReadResource { name: name.into(), version, content }
+        ReadResource { name: name.into(), content }
     });
     let resources = resources.collect();
     ReadResponse { type_url, version: system_version_info, nonce, resources, removed: removed_resources }
@@ -118,7 +115,6 @@ fn content(of: Option<ResourceType>, name: &str, any: Option<Any>, network: &str
 /// A known resource.
 #[derive(Debug)]
 struct Known {
-    version: String,
     is_service: bool,
 }
 
@@ -128,11 +124,9 @@ struct TypeState {
     known: BTreeMap<Arc<str>, Known>,
     /// Resources of which no version could be read. The server does not learn that the client has heard of them.
     unread: BTreeSet<Arc<str>>,
-    /// True until the first response of a connection. It has all resources whose versions were not sent.
-    is_resuming: bool,
     /// True after the first response of the session.
     is_complete: bool,
-    /// True if what the next response does not have is gone.
+    /// True until the first response of a connection. What it does not have is gone.
     is_relisting: bool,
     /// Of the latest response.
     version: String,
@@ -186,16 +180,10 @@ impl Session {
     pub(super) fn connect(&mut self) -> Vec<DeltaDiscoveryRequest> {
         let node = &self.node;
         let requests = self.types.iter_mut().map(|(of, state)| {
-            let bytes: usize =
-                state.known.iter().map(|(name, known)| name.len() + known.version.len() + 8).sum();
-            state.is_relisting = bytes > VERSIONS_MAX_BYTES;
-            state.is_resuming = true;
-            let known = state.known.iter().filter(|_| !state.is_relisting);
-            let known = known.map(|(name, known)| (name.to_string(), known.version.clone()));
+            state.is_relisting = true;
             DeltaDiscoveryRequest {
                 node: Some(node.clone()),
                 type_url: of.url().to_owned(),
-                initial_resource_versions: known.collect(),
                 ..DeltaDiscoveryRequest::default()
             }
         });
@@ -228,8 +216,6 @@ impl Session {
         let mut gone: BTreeSet<Arc<str>> = removed.into_iter().map(Arc::from).collect();
         if std::mem::take(&mut state.is_relisting) {
             gone.extend(state.known.keys().cloned());
-        }
-        if std::mem::take(&mut state.is_resuming) {
             gone.extend(state.unread.iter().cloned());
         }
         // What is gone makes room first.
@@ -240,7 +226,7 @@ impl Session {
             let was_unread = state.unread.remove(name);
             state.known.remove(name).is_some() || was_unread || of == ResourceType::Authorization
         });
-        for ReadResource { name, version, content } in &mut resources {
+        for ReadResource { name, content } in &mut resources {
             let is_new = !state.known.contains_key(name);
             if is_new && content.is_ok() && state.known.len() >= of.max() {
                 *content = Err(format!("there are more than {} of its type", of.max()));
@@ -249,9 +235,7 @@ impl Session {
                 Ok(content) => {
                     state.unread.remove(name);
                     let is_service = matches!(content, Content::Address(AddressContent::Service(_)));
-                    state
-                        .known
-                        .insert(Arc::clone(name), Known { version: std::mem::take(version), is_service });
+                    state.known.insert(Arc::clone(name), Known { is_service });
                 }
                 Err(problem) => {
                     problems.push(format!("{name}: {problem}"));
@@ -335,27 +319,47 @@ mod tests {
         Session::new(node("id".to_owned(), "c", &[]), &ResourceType::ALL)
     }
 
-    fn known(session: &mut Session) -> BTreeMap<String, String> {
-        session.connect().remove(0).initial_resource_versions
+    fn known(session: &Session) -> Vec<String> {
+        session.types[&ResourceType::Address].known.keys().map(ToString::to_string).collect()
+    }
+
+    fn gone(accepted: &Accepted) -> Vec<String> {
+        accepted.gone.iter().map(ToString::to_string).collect()
     }
 
     #[test]
-    fn a_session_resumes_with_the_versions_that_it_has() {
+    fn the_first_response_of_each_connection_is_the_whole_list() {
         let mut session = session();
-        let requests = session.connect();
+        let mut requests = session.connect();
         let asked: Vec<&str> = requests.iter().map(|request| request.type_url.as_str()).collect();
         assert_eq!(asked, [ADDRESS_TYPE, AUTHORIZATION_TYPE]);
-        assert!(requests.iter().all(|request| request.resource_names_subscribe.is_empty()
-            && request.initial_resource_versions.is_empty()
-            && request.response_nonce.is_empty()));
         let first = session.accept(response("1", vec![workload("a", "1"), workload("b", "2")], &[]));
         assert!(first.is_first && first.rejected.is_none() && first.gone.is_empty());
         assert_eq!((first.answer.response_nonce.as_str(), &first.answer.error_detail), ("1", &None));
-        let second = session.accept(response("2", vec![workload("a", "3")], &["b", "never seen"]));
+        let second = session.accept(response("2", vec![workload("c", "3")], &["b", "never seen"]));
         assert!(!second.is_first);
-        assert_eq!(second.gone.iter().map(|name| &**name).collect::<Vec<_>>(), ["b"]);
-        assert_eq!(known(&mut session), [("a".to_owned(), "3".to_owned())].into());
-        assert_eq!(session.connect()[1].initial_resource_versions.len(), 0);
+        assert_eq!(
+            (gone(&second), known(&session)),
+            (vec!["b".to_owned()], vec!["a".to_owned(), "c".to_owned()])
+        );
+        // The server does not name what is gone, and sends what was created meanwhile.
+        requests.extend(session.connect());
+        let all = session.accept(response("3", vec![workload("c", "3"), workload("d", "1")], &[]));
+        assert_eq!((all.is_first, gone(&all)), (false, vec!["a".to_owned()]));
+        assert_eq!(known(&session), ["c", "d"]);
+        let change = session.accept(response("4", vec![workload("e", "1")], &[]));
+        assert_eq!((gone(&change).len(), known(&session).len()), (0, 3));
+        requests.extend(session.connect());
+        let none = session.accept(response("5", vec![], &[]));
+        assert_eq!((gone(&none).len(), known(&session).len()), (3, 0));
+        assert!(
+            requests.len() == 6
+                && requests.iter().all(|request| {
+                    request.resource_names_subscribe.is_empty()
+                        && request.initial_resource_versions.is_empty()
+                        && request.response_nonce.is_empty()
+                })
+        );
     }
 
     #[test]
@@ -367,12 +371,7 @@ mod tests {
         let detail = second.answer.error_detail.expect("rejected");
         assert!(detail.message.starts_with("a: no istio.workload.Address"), "{}", detail.message);
         assert_eq!((detail.code, second.answer.response_nonce.as_str()), (INVALID_ARGUMENT, "2"));
-        let versions = known(&mut session);
-        assert_eq!(
-            (versions["a"].as_str(), versions["b"].as_str()),
-            ("1", "2"),
-            "the last one that was read"
-        );
+        assert_eq!(known(&session), ["a", "b"], "the last one that was read");
         let many = session.accept(response("3", (0..9).map(|i| broken(&format!("x{i}"))).collect(), &[]));
         assert!(many.rejected.expect("rejected").ends_with("; and 4 more"));
     }
@@ -387,14 +386,11 @@ mod tests {
         session.accept(response("1", vec![broken("x"), broken("y"), broken("z"), workload("a", "1")], &[]));
         assert!(names(&session.accept(response("2", vec![], &[]))).is_empty(), "a change, and not all of it");
         assert_eq!(names(&session.accept(response("3", vec![], &["z"]))), ["z"]);
-        assert!(known(&mut session).len() == 1 && session.connect().len() == 2);
-        let resumed = session.accept(response("4", vec![broken("y")], &[]));
-        assert_eq!(names(&resumed), ["x"], "y is there, and a is unchanged");
+        assert!(known(&session).len() == 1 && session.connect().len() == 2);
+        let relisted = session.accept(response("4", vec![broken("y"), workload("a", "1")], &[]));
+        assert_eq!(names(&relisted), ["x"], "the others are there");
         session.connect();
-        assert_eq!(
-            names(&session.accept(response("5", vec![workload("y", "1")], &[]))),
-            Vec::<String>::new()
-        );
+        assert_eq!(names(&session.accept(response("5", vec![workload("y", "1")], &[]))), ["a"]);
     }
 
     #[test]
@@ -432,24 +428,10 @@ mod tests {
             let resources = added.iter().map(|name| workload(name, "1")).collect();
             let accepted = session.accept(response("n", resources, &removed));
             assert_eq!(accepted.gone.is_empty(), removed.is_empty() || !added.is_empty());
-            assert_eq!(known(&mut session).contains_key("a"), !added.is_empty());
+            assert_eq!(known(&session).contains(&"a".to_owned()), !added.is_empty());
         }
-        // Twice in one response: the last one counts.
+        // Twice in one response.
         session.accept(response("n", vec![workload("a", "1"), workload("a", "2")], &[]));
-        assert_eq!(known(&mut session)["a"], "2");
-    }
-
-    #[test]
-    fn versions_that_do_not_fit_are_left_out_and_the_response_is_a_list() {
-        let mut session = session();
-        let long = |i: usize| format!("{i}{}", "x".repeat(1000));
-        let all: Vec<String> = (0..4000).map(long).collect();
-        session.accept(response("1", all.iter().map(|name| workload(name, "1")).collect(), &[]));
-        assert!(known(&mut session).is_empty());
-        let kept = session.accept(response("2", vec![workload(&all[0], "1")], &[]));
-        assert_eq!(kept.gone.len(), 3999);
-        assert_eq!(known(&mut session).len(), 1);
-        let next = session.accept(response("3", vec![], &[]));
-        assert!(next.gone.is_empty());
+        assert_eq!(known(&session), ["a"]);
     }
 }

@@ -323,11 +323,12 @@ pub(super) fn broken(of: ResourceType, name: &str) -> Resource {
 
 /// The pod of the directory that corresponds to [`pod`].
 pub(super) fn own_pod(number: u16) -> Pod {
+    let [high, low] = number.to_be_bytes();
     Pod {
         name: format!("web-{number}").into(),
         namespace: "shop".into(),
         identity: SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/web").expect("valid"),
-        addresses: Vec::new(),
+        addresses: vec![[10, 77, high, low].into()],
         node: "a".into(),
         labels: Labels::default(),
         cgroup: std::path::PathBuf::from("web"),

@@ -23,6 +23,10 @@ use tacit_core::{
     spiffe::{SpiffeId, TrustDomain, pod_service_account},
 };
 
+mod refused;
+
+use refused::Refused;
+
 use super::{DirectoryStore, services::Parts};
 use crate::istiod::{
     address::{
@@ -35,8 +39,6 @@ use crate::istiod::{
 /// The labels of a node with its region, its zone and its subzone.
 const LOCALITY: [&str; 3] =
     ["topology.kubernetes.io/region", "topology.kubernetes.io/zone", "topology.istio.io/subzone"];
-/// Maximum number of addresses of one service that is not of Kubernetes. Its creator writes them.
-const OUTER_MAX: usize = 64;
 
 /// The agent's place in the mesh, as istiod names it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -62,6 +64,7 @@ pub(super) struct Addresses {
     own_pods: HashSet<String>,
     /// Services that must be built again: resources of istiod.
     outdated: BTreeSet<Arc<str>>,
+    refused: Refused,
 }
 
 impl Addresses {
@@ -80,6 +83,11 @@ impl Addresses {
     /// Returns the name of a workload in the directory: that of the pod, or the whole uid of any other workload.
     fn directory_name(&self, uid: &str, record: &WorkloadRecord) -> String {
         if self.is_pod_of_cluster(record) { record.name.clone() } else { uid.to_owned() }
+    }
+
+    /// Returns the name of the resource of a pod of the cluster, `namespace/name`.
+    fn uid(&self, full: &str) -> String {
+        format!("{}//Pod/{full}", self.place.cluster)
     }
 
     fn node(&self, record: &WorkloadRecord) -> String {
@@ -101,27 +109,24 @@ impl DirectoryStore {
                 let problem = format!(
                     "resource {name} of istiod cannot be read, the version before stays in use: {problem}"
                 );
-                return self.problems.set_resource(&of, vec![problem]);
+                self.problems.set_resource(&of, vec![problem]);
             }
             AddressContent::Removed => {
                 self.set_mesh_workload(&name, None);
                 self.set_mesh_service(&name, None);
-                return self.problems.clear(&of);
+                self.problems.clear(&of);
             }
             AddressContent::Workload(record) => {
                 self.set_mesh_service(&name, None);
-                self.set_mesh_workload(&name, Some(record));
+                self.set_mesh_workload(&name, Some(Arc::clone(&record)));
+                self.problems.set_resource(&of, self.workload_problems(&name, &record));
             }
             AddressContent::Service(record) => {
                 self.set_mesh_workload(&name, None);
-                let problems = record.ranges.iter().map(|range| {
-                    format!("service {name} of istiod: range {range} is not used: connections into it are not load-balanced")
-                });
-                self.problems.set_resource(&of, problems.collect());
-                return self.set_mesh_service(&name, Some(record));
+                self.problems.set_resource(&of, refused::service_problems(&name, &record));
+                self.set_mesh_service(&name, Some(record));
             }
         }
-        self.problems.clear(&of);
     }
 
     fn set_mesh_workload(&mut self, uid: &Arc<str>, record: Option<Arc<WorkloadRecord>>) {
@@ -161,12 +166,15 @@ impl DirectoryStore {
         self.put_mesh_workload(uid, &record);
     }
 
-    fn forget_mesh_workload(&mut self, uid: &str, record: &WorkloadRecord) {
+    fn forget_mesh_workload(&mut self, uid: &Arc<str>, record: &WorkloadRecord) {
         let name = self.addresses.directory_name(uid, record);
         let of = DetourOf::Workload(&record.namespace, &name);
         self.changed |= self.directory.set_detour(of, None);
+        self.refuse_workload(uid, None);
         let full = format!("{}/{name}", record.namespace);
-        if !self.addresses.own_pods.contains(&full) {
+        if self.addresses.own_pods.contains(&full) {
+            self.set_own_detour(&full);
+        } else {
             self.end_pod(&full);
         }
     }
@@ -176,20 +184,28 @@ impl DirectoryStore {
         let addresses = &self.addresses;
         let name = addresses.directory_name(uid, record);
         let full = format!("{}/{name}", record.namespace);
-        let is_pod_here = addresses.is_pod_of_cluster(record) && *record.node == *self.local_node.node;
-        let detour = record.has_waypoint.then_some(Detour::Waypoint);
-        self.changed |= self.directory.set_detour(DetourOf::Workload(&record.namespace, &name), detour);
-        if addresses.own_pods.contains(&full) {
+        let is_own = addresses.own_pods.contains(&full);
+        let is_pod_here = self.is_pod_here(record);
+        // A gateway has the addresses of another network, of which there may be others here.
+        let is_elsewhere = record.network != addresses.place.network;
+        if is_own {
+            self.set_own_detour(&full);
+        } else {
+            let other = (is_elsewhere && !is_pod_here).then_some(Detour::Gateway);
+            let detour = if record.has_waypoint { Some(Detour::Waypoint) } else { other };
+            self.changed |= self.directory.set_detour(DetourOf::Workload(&record.namespace, &name), detour);
+        }
+        // The addresses of a node and of whatever a WorkloadEntry names are endpoints alone.
+        let is_known =
+            !is_own && !is_pod_here && !record.is_host_network && (record.is_pod || record.is_tunnelled);
+        let identity = self.mesh_identity(record);
+        self.refuse_workload(uid, Some(record).filter(|_| is_known && identity.is_none()));
+        if is_own {
             return;
         }
-        // The addresses of a node, of another network and of whatever a WorkloadEntry names are endpoints alone.
-        let is_known = record.network == addresses.place.network
-            && !is_pod_here
-            && !record.is_host_network
-            && (record.is_pod || record.is_tunnelled);
-        let identity = self.mesh_identity(record).filter(|_| is_known);
-        let Some(identity) = identity else { return self.end_pod(&full) };
-        let claim = if record.is_pod { AddressConflict::Replace } else { AddressConflict::Keep };
+        let Some(identity) = identity.filter(|_| is_known) else { return self.end_pod(&full) };
+        let is_live = record.is_pod && !is_elsewhere;
+        let claim = if is_live { AddressConflict::Replace } else { AddressConflict::Keep };
         let workload = Workload {
             node: self.interner.intern(&self.addresses.node(record)),
             namespace: self.interner.intern(&record.namespace),
@@ -204,6 +220,10 @@ impl DirectoryStore {
             connect: Connect::default(),
         };
         self.put(&full, workload, claim, false);
+    }
+
+    fn is_pod_here(&self, record: &WorkloadRecord) -> bool {
+        self.addresses.is_pod_of_cluster(record) && *record.node == *self.local_node.node
     }
 
     fn mesh_identity(&mut self, record: &WorkloadRecord) -> Option<SpiffeId> {
@@ -224,10 +244,8 @@ impl DirectoryStore {
         if !self.addresses.own_pods.remove(full) {
             return;
         }
-        let uid = full
-            .split_once('/')
-            .map(|(namespace, name)| format!("{}//Pod/{namespace}/{name}", self.addresses.place.cluster));
-        let known = uid.and_then(|uid| self.addresses.workloads.get_key_value(uid.as_str()));
+        self.set_own_detour(full);
+        let known = self.addresses.workloads.get_key_value(self.addresses.uid(full).as_str());
         if let Some((uid, record)) = known.map(|(uid, record)| (Arc::clone(uid), Arc::clone(record))) {
             self.put_mesh_workload(&uid, &record);
         }
@@ -260,6 +278,7 @@ impl DirectoryStore {
             }
             self.remove_directory_service(&format!("{}/{name}", before.namespace));
         }
+        self.set_refused_ranges(key, record.as_deref());
         self.addresses.outdated.insert(Arc::clone(key));
     }
 
@@ -276,6 +295,7 @@ impl DirectoryStore {
 
     /// Builds the services again whose workloads or properties have changed.
     pub(super) fn update_mesh_services(&mut self) {
+        self.update_refused();
         for key in std::mem::take(&mut self.addresses.outdated) {
             let Some(record) = self.addresses.services.get(&key).cloned() else { continue };
             let kubernetes = kubernetes_name(&record).map(|name| format!("{}/{name}", record.namespace));
@@ -323,17 +343,15 @@ impl DirectoryStore {
     /// pods, nodes and ClusterIPs.
     fn outer_service(&mut self, key: &Arc<str>, record: &ServiceRecord) -> Service {
         let (endpoints, _) = self.mesh_endpoints(key, record);
-        let is_balanced = record.balancing.mode != Distribution::Passthrough;
         let ports = record.ports.iter().map(|port| {
             let [ipv4, ipv6] = endpoints.get(&port.service).cloned().unwrap_or_default();
             ServicePort { port: port.service, node_port: None, ipv4, ipv6 }
         });
-        let addresses = record.addresses.iter().copied().take(OUTER_MAX).filter(|_| is_balanced);
         Service {
             name: outer_name(record).into(),
             namespace: self.interner.intern(&record.namespace),
             addresses: Vec::new(),
-            external_ips: addresses.collect(),
+            external_ips: refused::outer_addresses(record),
             ingress_ips: Vec::new(),
             ports: ports.collect(),
             udp_ports: Vec::new(),

@@ -34,6 +34,7 @@ fn listing(number: u16, is_here: bool, policies: &[&str]) -> PolicyDocument {
     let listing = Listing {
         namespace: "shop".into(),
         name: format!("web-{number}").into(),
+        addresses: own_pod(number).addresses,
         is_here,
         policies: policies.iter().map(|name| (*name).into()).collect(),
     };
@@ -149,6 +150,8 @@ fn a_list_waits_for_its_policies_and_a_removed_policy_for_the_lists() {
     fixture.apply(listing(1, true, &[STRICT]));
     fixture.delete(PolicyDocument::Unlisted { uid: "uid-1".into() });
     assert!(!fixture.allows(&own_pod(1)), "not named");
+    let later = Workload { addresses: vec![[10, 77, 9, 9].into()], ..own_pod(2) };
+    assert!(fixture.allows(&own_pod(2)) && !fixture.allows(&later), "the list of an earlier pod of its name");
 }
 
 #[test]

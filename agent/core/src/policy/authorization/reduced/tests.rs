@@ -8,8 +8,8 @@ use super::*;
 use crate::{
     directory::Workload,
     policy::{
-        AuthorizationDecision, Flow, FlowSource, Mode, Modes, Policies, PolicyVerdict, ReducedNamespace,
-        decide, tests::workload,
+        AuthorizationDecision, Flow, FlowSource, Mode, Modes, Policies, PolicyVerdict, ReducedListing,
+        ReducedNamespace, decide, tests::workload,
     },
     spiffe::SpiffeId,
 };
@@ -51,13 +51,17 @@ fn allow(rules: ReducedRules) -> ReducedPolicy {
 }
 
 fn pod() -> Workload {
-    workload("shop", &[])
+    Workload { addresses: vec![[10, 77, 2, 2].into()], ..workload("shop", &[]) }
+}
+
+fn listed(policies: Vec<ReducedPolicy>) -> ReducedListing {
+    ReducedListing { addresses: pod().addresses, policies }
 }
 
 /// The policies of a mesh of which `web` lists these.
 fn listing(policies: Vec<ReducedPolicy>) -> Policies {
     let mut all = Policies::reduced("istio-system", NODE.into());
-    let listed = [("web".into(), policies)].into_iter().collect();
+    let listed = [("web".into(), listed(policies))].into_iter().collect();
     all.set_reduced_namespace("shop".into(), ReducedNamespace { listed, ..ReducedNamespace::default() });
     all
 }
@@ -245,12 +249,28 @@ fn a_pod_that_is_not_named_and_a_policy_that_is_not_readable_are_closed() {
     assert!(refused(&policies));
     let mut policies = listing(vec![]);
     let usage = PolicyUsage { objects: 5000, ..PolicyUsage::default() };
-    let listed = [("web".into(), Vec::new())].into_iter().collect();
+    let listed = [("web".into(), listed(Vec::new()))].into_iter().collect();
     policies.set_reduced_namespace("shop".into(), ReducedNamespace { usage, listed, scoped: Vec::new() });
     assert!(refused(&policies) && policies.why_not_applied("shop").is_some());
     // A workload of another node is not this agent's to admit.
     let far = Workload { node: "b".into(), ..pod() };
     assert_eq!(Policies::reduced("istio-system", NODE.into()).modes(&far).default, Mode::Permissive);
+}
+
+#[test]
+fn a_list_is_not_that_of_a_later_workload_of_the_same_name() {
+    let policies = listing(vec![]);
+    let later = |addresses: &[[u8; 4]]| Workload {
+        addresses: addresses.iter().map(|ip| (*ip).into()).collect(),
+        ..pod()
+    };
+    let mode = |workload: &Workload| policies.modes(workload).default;
+    assert_eq!(mode(&pod()), Mode::Permissive);
+    assert_eq!(mode(&later(&[[10, 99, 9, 9]])), Mode::Strict);
+    assert_eq!(mode(&later(&[])), Mode::Strict);
+    let flow = flow(Some(WEB), "10.77.1.1", 80);
+    let authorization = policies.authorization(&later(&[[10, 99, 9, 9]]));
+    assert_ne!(decide(&policies.modes(&pod()), &authorization, &flow), PolicyVerdict::Allow);
 }
 
 #[test]

@@ -5,6 +5,8 @@ use std::{net::SocketAddr, path::Path};
 use serde_json::{Value, json};
 use tacit_core::directory::Directory;
 
+mod refused;
+
 use super::{
     super::super::{
         CgroupLayout, EnrolLabel, LocalNode,
@@ -104,6 +106,7 @@ fn service(change: impl FnOnce(&mut ServiceRecord)) -> ServiceRecord {
         ranges: Vec::new(),
         ports: vec![PortPair { service: 80, target: 8080 }],
         has_waypoint: false,
+        is_public: true,
         balancing: Balancing::default(),
     };
     change(&mut record);
@@ -217,7 +220,8 @@ fn addresses_that_prove_nothing_are_endpoints_alone() {
     send_workload(&mut store, pod("vm", "10.77.9.1", |w| (w.is_pod, w.is_tunnelled) = (false, false)));
     send_workload(&mut store, pod("other", "10.77.9.2", |w| w.network = "n2".to_owned()));
     let directory = store.take_changed().expect("complete");
-    assert_eq!(directory.len(), 0);
+    assert_eq!(directory.len(), 1, "that of the other network, which is refused");
+    assert!(at(&directory, "192.0.2.1").is_none() && at(&directory, "10.77.9.1").is_none());
     assert_eq!(
         endpoints(&directory, "10.96.0.1:80"),
         (vec!["10.77.9.1:8080".to_owned(), "192.0.2.1:8080".to_owned()], 0)
@@ -342,7 +346,7 @@ fn a_destination_behind_a_waypoint_or_a_gateway_is_not_reached_around_it() {
     );
     send_workload(&mut store, pod("other", "10.77.2.2", |w| w.network = "n2".to_owned()));
     assert_eq!(detour(&mut store, "10.96.0.1:80"), Some(Detour::Gateway));
-    assert_eq!((detour(&mut store, "10.77.1.2:8080"), detour(&mut store, "10.77.2.2:8080")), (None, None));
+    assert_eq!(detour(&mut store, "10.77.1.2:8080"), None);
     send_workload(&mut store, pod("near", "10.77.2.3", |_| {}));
     assert_eq!(detour(&mut store, "10.96.0.1:80"), None);
 }
