@@ -276,6 +276,9 @@ impl DirectoryStore {
             if protocol != workload.protocol {
                 let claim = self.directory.claim_of(&workload.namespace, &workload.name);
                 self.insert(Workload { protocol, ..(*workload).clone() }, claim);
+                if self.source == MeshSource::Istiod {
+                    self.set_own_detour(&workload.full_name());
+                }
             }
         }
     }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tacit_core::directory::{Detour, DetourOf};
+use tacit_core::directory::{Detour, DetourOf, Protocol};
 
 use super::super::DirectoryStore;
 use crate::istiod::address::{Distribution, ServiceRecord, WorkloadRecord};
@@ -25,7 +25,8 @@ pub(super) struct Refused {
 }
 
 impl DirectoryStore {
-    /// Sets the detour of a pod that the Kubernetes API has. A pod that istiod has not named with one of its addresses may have a waypoint.
+    /// Sets the detour of a pod that the Kubernetes API has. An enrolled pod that istiod has not named with one of its addresses may have a
+    /// waypoint.
     /// A record with other addresses is that of an earlier pod.
     pub(in super::super) fn set_own_detour(&mut self, full: &str) {
         let Some((namespace, name)) = full.split_once('/') else { return };
@@ -36,7 +37,8 @@ impl DirectoryStore {
             };
             match record.filter(is_named) {
                 Some(record) => record.has_waypoint.then_some(Detour::Waypoint),
-                None => Some(Detour::Unnamed),
+                // istiod does not name the pods of namespaces that it does not watch. Those outside the mesh go on as they are.
+                None => (workload.protocol == Protocol::Tacit).then_some(Detour::Unnamed),
             }
         });
         self.changed |= self.directory.set_detour(DetourOf::Workload(namespace, name), detour);

@@ -138,6 +138,11 @@ fn a_pod_here_may_have_a_waypoint_until_istiod_names_it() {
     assert_eq!(detour(&mut store, "10.77.1.3:8080"), Some(Detour::Unnamed), "created again");
     remove(&mut store, "c//Pod/shop/here");
     store.apply_change(Change::Deleted(own_pod("here", "10.77.1.3")));
+    // A pod outside the mesh may be one of a namespace that istiod does not watch.
+    let Object::Pod(mut outside) = own_pod("outside", "10.77.1.4") else { panic!("a pod") };
+    outside.metadata.labels.clear();
+    store.apply_change(Change::Applied(Object::Pod(outside)));
+    assert_eq!(detour(&mut store, "10.77.1.4:8080"), None);
     let gone = DetourOf::Workload("shop", "here");
     assert!(!store.directory.set_detour(gone, None), "nothing stays");
 }
