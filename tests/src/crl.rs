@@ -2,14 +2,12 @@
 
 use crate::{Mesh, Plan, observe};
 use anyhow::{Context, Result};
-use rcgen::{
-    CertificateParams, CertificateRevocationListParams, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose,
-    RevokedCertParams, SerialNumber,
-};
+use rcgen::{Issuer, KeyPair};
 use std::{
     fs,
     time::{Duration, SystemTime},
 };
+use tacit_testing::pki::{authority, revocation_list};
 use tacit_topology::Agent;
 
 /// Time after which a list of these tests expires, and before which an expired one has.
@@ -99,9 +97,8 @@ pub fn of_root(agent: &Agent, serials: &[&str], expiry: Expiry) -> Result<String
 }
 
 fn empty_of_another_root() -> Result<String> {
-    let mut params = CertificateParams::default();
-    params.key_usages = vec![KeyUsagePurpose::CrlSign];
-    signed(&Issuer::new(params, KeyPair::generate()?), &[], Expiry::Later)
+    let (params, key) = authority("another", 1);
+    signed(&Issuer::new(params, key), &[], Expiry::Later)
 }
 
 /// Returns a list of any issuer.
@@ -110,27 +107,12 @@ fn empty_of_another_root() -> Result<String> {
 /// Fails if it cannot be made.
 pub fn signed(issuer: &Issuer<'_, KeyPair>, serials: &[&str], expiry: Expiry) -> Result<String> {
     let now = SystemTime::now();
-    let entry = |serial: &&str| -> Result<RevokedCertParams> {
-        Ok(RevokedCertParams {
-            serial_number: SerialNumber::from_slice(&bytes(serial)?),
-            revocation_time: now.into(),
-            reason_code: None,
-            invalidity_date: None,
-        })
-    };
     let next_update = match expiry {
         Expiry::Later => now + HOUR,
         Expiry::Past => now - HOUR,
     };
-    let params = CertificateRevocationListParams {
-        this_update: (now - 2 * HOUR).into(),
-        next_update: next_update.into(),
-        crl_number: SerialNumber::from_slice(&[1]),
-        issuing_distribution_point: None,
-        revoked_certs: serials.iter().map(entry).collect::<Result<_>>()?,
-        key_identifier_method: KeyIdMethod::Sha256,
-    };
-    Ok(params.signed_by(issuer)?.pem()?)
+    let serials: Vec<Vec<u8>> = serials.iter().map(|serial| bytes(serial)).collect::<Result<_>>()?;
+    Ok(revocation_list(issuer, &serials, next_update, None))
 }
 
 fn bytes(hexadecimal: &str) -> Result<Vec<u8>> {

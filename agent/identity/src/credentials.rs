@@ -50,7 +50,7 @@ pub struct Credentials {
     pub identity: SpiffeId,
     /// Roots to which a peer's chain must lead; never empty.
     pub roots: Arc<RootCertStore>,
-    /// What peers are held to beside these roots.
+    /// Conditions of trust in peers, beside these roots.
     pub trust: Arc<PeerTrust>,
     /// The roots as they are now. [`Credentials::roots`] stays as it was.
     pub own_roots: OwnRoots,

@@ -41,7 +41,7 @@ const REFUSALS: u32 = 3;
 #[derive(Clone)]
 pub struct Identities {
     issuer: Arc<Issuer>,
-    /// What all their peers are held to.
+    /// Conditions of trust in all their peers.
     trust: Arc<PeerTrust>,
     slots: Arc<Slots>,
     /// Told after each attempt, and after a change of roots.

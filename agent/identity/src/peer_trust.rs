@@ -1,4 +1,4 @@
-//! What peers are held to beside the roots that came with the own certificate. It is the same for all identities of a node.
+//! Conditions of trust in peers, beside the roots that came with the own certificate. They are the same for all identities of a node.
 //! The own roots may differ by identity, and change while its certificate stays: each identity has its own watch of them.
 //!
 //! The trust domain in a certificate chooses the roots that its chain must lead to. They are exclusive in both directions:
@@ -123,13 +123,13 @@ impl Standing<'_> {
 /// Parses the roots of a federated domain in PEM, at least one.
 ///
 /// # Errors
-/// What is wrong with the text.
+/// The defect of the text.
 pub fn roots(pem: &[u8]) -> Result<DomainRoots, String> {
     istio::store(certificate::list(pem).map_err(|error| error.to_string())?)
 }
 
 impl PeerTrust {
-    /// Returns what may end the trust in a peer whose chain webpki has verified.
+    /// Returns the certificates and the root of a peer whose chain webpki has verified, as far as the trust in them can end.
     #[must_use]
     pub fn chain_of(
         &self,
@@ -159,7 +159,7 @@ impl PeerTrust {
     }
 }
 
-/// What may end the trust in a verified peer: its certificates, and the root of its domain. Empty if neither can. A clone shares it.
+/// The certificates and the root that a verified peer is trusted by, as far as this trust can end. A clone shares them.
 #[derive(Debug, Clone, Default)]
 pub struct PeerChain(Option<Arc<Proof>>);
 
@@ -191,7 +191,7 @@ impl Root {
     }
 }
 
-/// Why a peer is not trusted any more.
+/// The reason for which a peer is not trusted any more.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Distrust {
     /// A certificate is revoked, or that is not known.

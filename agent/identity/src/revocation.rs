@@ -45,7 +45,7 @@ const LISTS_MAX: usize = 256;
 /// Issuers that are remembered by name and key, a number. Only certificates of verified chains get here.
 const ISSUERS_MAX: usize = 1024;
 
-/// Why a file holds no usable revocation lists.
+/// The reason for which a file holds no usable revocation lists.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ListError {
     /// There is none in it. That is no way to revoke nothing: a file may be empty by accident.
@@ -60,9 +60,9 @@ pub enum ListError {
     /// Not a list of RFC 5280, or a kind that is not supported, such as a delta list.
     #[error("revocation list {number} cannot be used: {reason}")]
     List {
-        /// Which list of the file, counted from 1.
+        /// Number of the list in the file, counted from 1.
         number: usize,
-        /// What is wrong with it.
+        /// Its defect.
         reason: String,
     },
 }
@@ -165,7 +165,7 @@ fn split(mut content: &[u8]) -> Result<Vec<Vec<u8>>, ListError> {
     Ok(ders)
 }
 
-/// What the lists say about one certificate.
+/// Status of one certificate by the lists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum CertificateStatus {
     Good,
@@ -173,7 +173,7 @@ enum CertificateStatus {
     Unknown(UnknownCause),
 }
 
-/// Why the lists say nothing about a certificate.
+/// The reason for which the lists say nothing about a certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UnknownCause {
     /// No list has the issuer's name.

@@ -76,7 +76,7 @@ pub enum SpireError {
     Call {
         /// The configured path.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: CallError,
     },

@@ -29,12 +29,14 @@ use crate::{
 
 mod document;
 mod events;
+mod not_applied;
 mod store;
 #[cfg(test)]
 mod testing;
 
 use document::{AuthorizationPolicies, Document, PeerAuthentications};
 use events::report;
+pub(crate) use not_applied::NotApplied;
 use store::{Finding, InvalidPolicy, PolicyStore};
 
 /// Access to the API.

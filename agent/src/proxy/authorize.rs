@@ -91,7 +91,7 @@ impl Admitted {
     pub fn revoked(self, rechecks: &Arc<Rechecks>, pod: &Pod) -> Revoked {
         let Self { flow, chain, by } = self;
         let in_force = pod.policy_in_force();
-        let is_decided = || chain.is_unchecked() && Arc::ptr_eq(&in_force.load(), &by);
+        let is_decided = || Arc::ptr_eq(&in_force.load(), &by) && chain.revoked(SystemTime::now()).is_none();
         let check = {
             let (in_force, chain) = (Arc::clone(&in_force), chain.clone());
             move || revoked_peer(&chain, &flow).or_else(|| verdict(&in_force.load(), &flow).err())

@@ -109,17 +109,20 @@ impl HboneConnections {
         }
     }
 
+    /// Returns true if no server is known to speak HBONE. Takes no lock.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.known.load(Relaxed) == 0
+    }
+
     /// Searches for a place on a connection of the calling worker, whose stream shall have a window of `window_bytes`. `is_hbone` if the
     /// directory says that the server speaks HBONE.
     #[must_use]
     pub fn find(proxy: &Arc<Proxy>, key: &PoolKey, window_bytes: u32, is_hbone: bool) -> Found {
         let all = &proxy.hbone;
-        if !is_hbone && all.known.load(Relaxed) == 0 {
-            return Found::Unknown;
-        }
         let worker = all.own();
         let mut servers = all.servers(worker);
-        if !is_hbone && !servers.contains_key(key) {
+        if !servers.contains_key(key) && !is_hbone {
             return Found::Unknown;
         }
         let server = all.server(&mut servers, key);
@@ -139,8 +142,6 @@ impl HboneConnections {
         }
         let (tell, told) = watch::channel(false);
         server.connecting = Some(told);
-        drop(servers);
-        all.close_beyond(Some(key.pod));
         Found::Connect(Connecting { proxy: proxy.clone(), worker, key: key.clone(), tell })
     }
 

@@ -238,7 +238,7 @@ struct Proven<'a> {
     identity: &'a SpiffeId,
     /// End of the client's certificate.
     not_after: SystemTime,
-    /// What may end the trust in the client.
+    /// The certificates and the root that the client is trusted by.
     chain: &'a PeerChain,
     /// The mesh's own trust domain.
     own: &'a TrustDomain,

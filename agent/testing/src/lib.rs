@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+pub mod pki;
+
 use std::{
     env,
     fs::{self, DirBuilder},

@@ -39,12 +39,12 @@ pub(super) struct List {
     revoked: u64,
     this_update: SystemTime,
     pub(super) next_update: SystemTime,
-    /// What the issuer has signed, with its tag.
+    /// The signed part, with its tag.
     to_be_signed: Box<[u8]>,
     /// Content of the AlgorithmIdentifier.
     algorithm: Box<[u8]>,
     signature: Box<[u8]>,
-    /// Whether the key of an issuer has signed the list. A signature takes some 100 µs, and more for a long list.
+    /// Results of checks that the key of an issuer has signed the list. A check takes some 100 µs, and more for a long list.
     signers: Mutex<HashMap<Arc<IssuerKey>, bool>>,
 }
 

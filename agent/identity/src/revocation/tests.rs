@@ -2,15 +2,12 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
-use rcgen::{
-    BasicConstraints, CertificateParams, CertificateRevocationListParams, CrlDistributionPoint,
-    CrlIssuingDistributionPoint, CrlScope, DnType, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose,
-    RevokedCertParams, SerialNumber,
-};
+use rcgen::{CrlDistributionPoint, CrlIssuingDistributionPoint, CrlScope, Issuer, KeyPair, SerialNumber};
 use rustls::{
     RootCertStore,
     pki_types::{CertificateDer, UnixTime},
 };
+use tacit_testing::pki::{authority, revocation_list};
 use webpki::{EndEntityCert, KeyUsage};
 
 use super::*;
@@ -26,24 +23,15 @@ struct Authority {
 
 impl Authority {
     fn root(name: &str) -> Self {
-        let (params, key) = Self::params(name, 0);
+        let (params, key) = authority(name, 0);
         let certificate = params.self_signed(&key).expect("signed").der().clone();
         Self { issuer: Issuer::new(params, key), certificate }
     }
 
     fn below(&self, name: &str, serial: u8) -> Self {
-        let (params, key) = Self::params(name, serial);
+        let (params, key) = authority(name, serial);
         let certificate = params.signed_by(&key, &self.issuer).expect("signed").der().clone();
         Self { issuer: Issuer::new(params, key), certificate }
-    }
-
-    fn params(name: &str, serial: u8) -> (CertificateParams, KeyPair) {
-        let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, name);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        params.serial_number = Some(SerialNumber::from_slice(&[serial]));
-        (params, KeyPair::generate().expect("a key"))
     }
 
     fn leaf(&self, serial: u8) -> CertificateDer<'static> {
@@ -68,26 +56,14 @@ impl Authority {
 
     fn list_of(
         &self,
-        point: Option<CrlIssuingDistributionPoint>,
+        part: Option<CrlIssuingDistributionPoint>,
         revoked: &[u8],
         expired: Option<Duration>,
     ) -> Vec<u8> {
         let now = SystemTime::now();
-        let entry = |serial: &u8| RevokedCertParams {
-            serial_number: SerialNumber::from_slice(&[*serial]),
-            revocation_time: now.into(),
-            reason_code: None,
-            invalidity_date: None,
-        };
-        let params = CertificateRevocationListParams {
-            this_update: (now - 24 * HOUR).into(),
-            next_update: expired.map_or(now + HOUR, |ago| now - ago).into(),
-            crl_number: SerialNumber::from_slice(&[1]),
-            issuing_distribution_point: point,
-            revoked_certs: revoked.iter().map(entry).collect(),
-            key_identifier_method: KeyIdMethod::Sha256,
-        };
-        params.signed_by(&self.issuer).expect("signed").pem().expect("printable").into_bytes()
+        let next_update = expired.map_or(now + HOUR, |ago| now - ago);
+        let serials: Vec<[u8; 1]> = revoked.iter().map(|serial| [*serial]).collect();
+        revocation_list(&self.issuer, &serials, next_update, part).into_bytes()
     }
 }
 

@@ -28,7 +28,7 @@ pub(crate) struct AddressObject {
 pub(crate) enum AddressContent {
     Workload(Arc<WorkloadRecord>),
     Service(Arc<ServiceRecord>),
-    /// Why it cannot be read.
+    /// Its defect.
     Unreadable(String),
     /// Only its name is known.
     Removed,

@@ -1,6 +1,6 @@
 //! `istio.security.Authorization` as a policy. Pure.
 //!
-//! What cannot be understood makes the policy unreadable, and an unreadable policy denies: a list whose value is left out would
+//! A part that is not understood makes the policy unreadable, and an unreadable policy denies: a list whose value is left out would
 //! match more or less than its author wrote. Only conditions of whole kinds that are not known here are handled otherwise, see
 //! [`ReducedMatch::has_unknown`].
 

@@ -77,7 +77,7 @@ pub struct ConnectionState {
     pub connected_since: Option<SystemTime>,
     /// Number of connections that have had a response.
     pub connections: u64,
-    /// What is known of each type.
+    /// Resources of each type.
     pub types: Vec<TypeStatus>,
     /// Number of rejected responses.
     pub rejections: u64,

@@ -21,7 +21,7 @@ use tacit_core::policy::{
 
 use crate::{
     kubernetes::{Change, InvalidObjects, KindName, ObjectStore, Problem, reported},
-    policy::MeshSettings,
+    policy::{MeshSettings, NotApplied},
 };
 
 /// The types of resources that policies are built from.
@@ -89,7 +89,7 @@ pub(super) struct ReducedStore {
     strictness: ReducedStrictness,
     is_published: bool,
     unreadable: u64,
-    logged: BTreeMap<Arc<str>, String>,
+    logged: NotApplied,
 }
 
 impl ReducedStore {
@@ -112,7 +112,7 @@ impl ReducedStore {
             strictness: ReducedStrictness::default(),
             is_published: false,
             unreadable: 0,
-            logged: BTreeMap::new(),
+            logged: NotApplied::default(),
         }
     }
 
@@ -356,16 +356,7 @@ impl ObjectStore for ReducedStore {
     }
 
     fn warnings(&mut self) -> Vec<String> {
-        let now = self.policies.not_applied();
-        let now: BTreeMap<Arc<str>, String> =
-            now.map(|(namespace, why)| (namespace.into(), why.to_owned())).collect();
-        let new = now.iter().filter(|(namespace, _)| !self.logged.contains_key(*namespace));
-        let warnings = new.map(|(namespace, why)| {
-            format!("policies of namespace {namespace} are not applied, and all connections to its pods are denied: {why}")
-        });
-        let warnings = warnings.collect();
-        self.logged = now;
-        warnings
+        self.logged.warnings(&self.policies)
     }
 
     fn invalid_objects(&self) -> InvalidObjects {

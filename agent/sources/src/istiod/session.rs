@@ -118,7 +118,7 @@ struct Known {
     is_service: bool,
 }
 
-/// What is known of one type.
+/// Resources of one type.
 #[derive(Debug, Default)]
 struct TypeState {
     known: BTreeMap<Arc<str>, Known>,

@@ -16,7 +16,10 @@ use tacit_core::{
     yaml::Mistakes,
 };
 
-use super::document::{Document, Metadata};
+use super::{
+    NotApplied,
+    document::{Document, Metadata},
+};
 use crate::kubernetes::{self, InvalidObjects, Problem, reported};
 
 /// Maximum number of reported mistakes of one policy.
@@ -75,8 +78,7 @@ pub(super) struct PolicyStore {
     is_new: bool,
     /// Namespaces whose policies that were not read have room now.
     needs_list: BTreeSet<String>,
-    /// Namespaces whose policies are not applied, as logged.
-    logged: BTreeMap<String, String>,
+    logged: NotApplied,
     /// Number of times that the policies of a namespace were built, for the tests.
     #[cfg(test)]
     builds: usize,
@@ -132,7 +134,7 @@ impl PolicyStore {
             changed: BTreeSet::new(),
             is_new: true,
             needs_list: BTreeSet::new(),
-            logged: BTreeMap::new(),
+            logged: NotApplied::default(),
             #[cfg(test)]
             builds: 0,
         }
@@ -204,16 +206,7 @@ impl PolicyStore {
 
     /// Returns a warning for each namespace whose policies are not applied since the last call.
     pub(super) fn warnings(&mut self) -> Vec<String> {
-        let now = self.policies.not_applied();
-        let now: BTreeMap<String, String> =
-            now.map(|(namespace, why)| (namespace.to_owned(), why.to_owned())).collect();
-        let new = now.iter().filter(|(namespace, _)| !self.logged.contains_key(*namespace));
-        let warnings = new.map(|(namespace, why)| {
-            format!("policies of namespace {namespace} are not applied, and all connections to its pods are denied: {why}")
-        });
-        let warnings = warnings.collect();
-        self.logged = now;
-        warnings
+        self.logged.warnings(&self.policies)
     }
 
     /// Returns the invalid policies.

@@ -1,7 +1,13 @@
 //! Flows to servers that speak HBONE, such as pods of Istio ambient: each is a stream of a connection that the pod has to the server, or
 //! of a new one.
 
-use std::{future::Future, io, pin::pin, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    io,
+    pin::pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use tacit_core::{
     refusal::{Refusal, RefusalReason},
@@ -11,13 +17,12 @@ use tacit_tunnel::{
     Outgoing,
     hbone::{Asked, Connect, Connected, FlowStream, OpenError, Place},
 };
-
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
     enrol::Pod,
     proxy::{
-        Proxy,
+        Proxy, authorize,
         hbone::{self, Connecting, Found, HboneConnections},
         sessions::PoolKey,
     },
@@ -25,8 +30,6 @@ use crate::{
 
 /// Connections of the pool that are tried for one flow.
 const TRIES: usize = 3;
-/// Connections of other flows that may fail before a flow makes its own, whoever else makes one.
-const FAILURES_MAX: usize = 1;
 
 /// A flow that the server has accepted.
 pub(super) struct Stream {
@@ -67,7 +70,7 @@ pub(super) async fn on_existing(
 ) -> Result<Tried, Refusal> {
     let deadline = Instant::now() + limit;
     let fresh = |connecting, silent| Ok(Tried::Fresh(Fresh { connecting, silent, is_hbone: true }));
-    let (mut tries, mut failures, mut silent) = (0, 0, None);
+    let (mut tries, mut has_failed, mut silent) = (0, false, None);
     loop {
         let window_bytes = path.shares.stream_window_bytes(pod.cgroup);
         match HboneConnections::find(path, key, window_bytes, is_hbone) {
@@ -77,8 +80,9 @@ pub(super) async fn on_existing(
             Found::Wait(_) if silent.is_some() => return fresh(None, silent),
             Found::Wait(mut told) => match timeout_at(deadline, told.wait_for(|is_made| *is_made)).await {
                 Ok(Ok(_)) => {}
-                Ok(Err(_)) if failures < FAILURES_MAX => failures += 1,
-                Ok(Err(_)) => return fresh(None, None),
+                // A second failure would be that of the server: each flow finds out by itself.
+                Ok(Err(_)) if has_failed => return fresh(None, None),
+                Ok(Err(_)) => has_failed = true,
                 Err(_) => {
                     let detail = format!("{}: no connection within {limit:?}", key.identity);
                     let refusal = Refusal::new(RefusalReason::PeerUnreachable, detail);
@@ -163,11 +167,9 @@ pub(super) async fn on_new(
 ) -> Result<Box<Stream>, Refusal> {
     let window_bytes = path.shares.stream_window_bytes(pod.cgroup);
     let begun = connected.begin(window_bytes).await.map_err(|error| Refusal::new(error.reason(), error))?;
+    begun.0.peer().chain().check(SystemTime::now()).map_err(|found| authorize::untrusted(&found))?;
     let Some(place) = begun.0.place(window_bytes) else {
-        return Err(Refusal::new(
-            RefusalReason::Expired,
-            "the server's certificate has expired, or was revoked after the handshake",
-        ));
+        return Err(Refusal::new(RefusalReason::Expired, "the server's certificate has expired"));
     };
     hbone::start(path, key, begun, connecting);
     let mut asked = ask(pod, &place, open).await.map_err(|error| refused(key, error))?;

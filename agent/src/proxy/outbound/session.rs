@@ -82,11 +82,14 @@ pub(super) async fn tunnel(
     };
     let open =
         Open { destination, client: source, trace: random_trace_id(), optimistic_data: OptimisticMode::Off };
-    let carrier =
-        match Box::pin(hbone::on_existing(path, pod, &key, &open, (is_hbone, attempt.limit))).await? {
-            Tried::Accepted(stream) => Carrier::Stream(stream),
-            Tried::Fresh(fresh) => Box::pin(opened(path, pod, &own, &key, &open, attempt, fresh)).await?,
-        };
+    let tried = match !is_hbone && path.hbone.is_empty() {
+        true => Tried::Fresh(Fresh::default()),
+        false => Box::pin(hbone::on_existing(path, pod, &key, &open, (is_hbone, attempt.limit))).await?,
+    };
+    let carrier = match tried {
+        Tried::Accepted(stream) => Carrier::Stream(stream),
+        Tried::Fresh(fresh) => Box::pin(opened(path, pod, &own, &key, &open, attempt, fresh)).await?,
+    };
     let (peer, tls) = carrier.peer();
     let ends = path.ends(Reporter::Source, addresses, Some(identity), Some(peer.clone()));
     let spec = FlowSpec { ends, security: security(tls), trace: open.trace.0 };

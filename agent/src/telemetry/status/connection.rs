@@ -11,7 +11,7 @@ pub struct ConnectionStatus {
     pub connected_since: Option<Timestamp>,
     /// Connections since the agent started.
     pub connections: u64,
-    /// What istiod has sent, by type.
+    /// Resources that istiod has sent, by type.
     pub resources: Vec<ResourcesStatus>,
     /// Responses that were rejected since the agent started.
     pub rejections: u64,

@@ -278,7 +278,7 @@ fn dashboards_and_alerts_ask_for_metrics_that_exist() {
     }
 }
 
-/// What is refused and what passes in plaintext is what an operator has to see.
+/// Operators have to see refusals, and plaintext that passes.
 #[test]
 fn the_dashboard_shows_every_refusal_verdict_and_exception() {
     let dashboard = workspace().root().join("deploy/monitoring/dashboard.json");

@@ -13,7 +13,7 @@ const PORTS_SEEN: [u16; 4] = [443, 6443, 8443, FIRST];
 /// An address, a port and a protocol.
 type At = (IpAddr, u16, u8);
 
-/// What the tables hold.
+/// Content of the tables.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Tables {
     flags: u32,
@@ -93,7 +93,7 @@ impl NodePortFacts for Facts<'_> {
     }
 }
 
-/// What an agent writes.
+/// Writes of an agent.
 #[derive(Debug, Clone)]
 struct Wanted {
     nodes: Vec<IpAddr>,

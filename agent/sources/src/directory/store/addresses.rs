@@ -49,7 +49,7 @@ pub struct MeshPlace {
     pub network: String,
 }
 
-/// What istiod has sent.
+/// Resources that istiod has sent.
 #[derive(Debug, Default)]
 pub(super) struct Addresses {
     place: MeshPlace,

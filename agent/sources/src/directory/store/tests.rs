@@ -3,19 +3,16 @@
 use std::{path::Path, time::Duration};
 
 use serde_json::{Value, json};
-use tacit_core::{
-    directory::{Affinity, InternalTrafficPolicy},
-    spiffe::TrustDomain,
-};
+use tacit_core::directory::{Affinity, InternalTrafficPolicy};
 
 use super::{
-    super::{
-        CgroupLayout,
-        objects::{Namespace, Pod, Service, Slice},
-    },
+    super::objects::{Namespace, Pod, Service, Slice},
     *,
 };
-use crate::kubernetes::{ObjectStore as _, Resource};
+use crate::{
+    directory::testing::{local_node, object},
+    kubernetes::ObjectStore as _,
+};
 
 mod claims;
 mod ranges;
@@ -24,13 +21,7 @@ mod ranges;
 const HASH: &str = "0123456789abcdef0123456789abcdef";
 
 fn store() -> DirectoryStore {
-    let local_node = LocalNode {
-        node: "a".into(),
-        trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
-        cgroups: CgroupLayout::of(Path::new("/sys/fs/cgroup/kubepods")),
-        ranges: Arc::default(),
-    };
-    DirectoryStore::new(EnrolLabel::default(), local_node)
+    DirectoryStore::new(EnrolLabel::default(), local_node())
 }
 
 /// Returns a store after the lists of an empty cluster.
@@ -41,10 +32,6 @@ fn listed() -> DirectoryStore {
         store.apply_change(Change::Listed(kind));
     }
     store
-}
-
-fn object<K: Resource<Object = Object>>(value: Value) -> Object {
-    serde_json::from_value::<K>(value).expect("an object").into_object()
 }
 
 fn namespace(name: &str, label: Option<&str>) -> Object {

@@ -1,9 +1,6 @@
 //! Tests of revocation lists in handshakes, in both directions and for both wire formats, and on sessions that exist.
 
-use rcgen::{
-    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType, IsCa, Issuer, KeyIdMethod,
-    KeyPair, KeyUsagePurpose, RevokedCertParams, SerialNumber,
-};
+use rcgen::{Issuer, KeyPair, SerialNumber};
 use rustls::{
     RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
@@ -13,6 +10,7 @@ use tacit_identity::{
     revocation::{Revocation, RevocationCheck, RevocationLists, UnknownStatus},
     template::leaf_params,
 };
+use tacit_testing::pki::{authority, revocation_list};
 use tokio::sync::watch;
 
 use super::*;
@@ -72,32 +70,9 @@ impl Mesh {
     }
 }
 
-fn authority(name: &str, serial: u8) -> (CertificateParams, KeyPair) {
-    let mut params = CertificateParams::default();
-    params.distinguished_name.push(DnType::CommonName, name);
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    params.serial_number = Some(SerialNumber::from_slice(&[serial]));
-    (params, KeyPair::generate().expect("a key"))
-}
-
 fn list(issuer: &Issuer<'static, KeyPair>, serials: &[u8]) -> String {
-    let now = SystemTime::now();
-    let entry = |serial: &u8| RevokedCertParams {
-        serial_number: SerialNumber::from_slice(&[*serial]),
-        revocation_time: now.into(),
-        reason_code: None,
-        invalidity_date: None,
-    };
-    let params = CertificateRevocationListParams {
-        this_update: now.into(),
-        next_update: (now + HOUR).into(),
-        crl_number: SerialNumber::from_slice(&[1]),
-        issuing_distribution_point: None,
-        revoked_certs: serials.iter().map(entry).collect(),
-        key_identifier_method: KeyIdMethod::Sha256,
-    };
-    params.signed_by(issuer).expect("signed").pem().expect("printable")
+    let serials: Vec<[u8; 1]> = serials.iter().map(|serial| [*serial]).collect();
+    revocation_list(issuer, &serials, SystemTime::now() + HOUR, None)
 }
 
 fn parse(lists: &[String]) -> Arc<RevocationLists> {

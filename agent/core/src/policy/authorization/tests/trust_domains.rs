@@ -1,4 +1,4 @@
-//! What rules match of the own trust domain, of its aliases, and of a federated one.
+//! Rules against sources of the own trust domain, of its aliases, and of a federated one.
 
 use super::*;
 

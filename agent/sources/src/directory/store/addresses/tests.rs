@@ -1,45 +1,36 @@
 //! A mesh of istiod beside the pods of this node.
 
-use std::{net::SocketAddr, path::Path};
+use std::net::SocketAddr;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tacit_core::directory::Directory;
 
 mod refused;
 
 use super::{
     super::super::{
-        CgroupLayout, EnrolLabel, LocalNode,
+        EnrolLabel,
         objects::{Namespace, Node, Object, Pod, ResourceKind, Service as ApiService},
     },
     *,
 };
 use crate::{
+    directory::testing::{local_node, object},
     istiod::address::Membership,
-    kubernetes::{Change, ObjectStore as _, Resource},
+    kubernetes::{Change, ObjectStore as _},
 };
 
 const CLUSTER: &str = "c";
 const WEB: &str = "shop/web.shop.svc.cluster.local";
 
 fn store() -> DirectoryStore {
-    let local_node = LocalNode {
-        node: "a".into(),
-        trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
-        cgroups: CgroupLayout::of(Path::new("/sys/fs/cgroup/kubepods")),
-        ranges: Arc::default(),
-    };
     let place = MeshPlace { cluster: CLUSTER.to_owned(), network: String::new() };
-    let mut store = DirectoryStore::with_istiod(EnrolLabel::default(), local_node, place);
+    let mut store = DirectoryStore::with_istiod(EnrolLabel::default(), local_node(), place);
     for kind in ResourceKind::ISTIOD {
         store.apply_change(Change::Listing(kind));
         store.apply_change(Change::Listed(kind));
     }
     store
-}
-
-fn object<K: Resource<Object = Object>>(value: Value) -> Object {
-    serde_json::from_value::<K>(value).expect("an object").into_object()
 }
 
 /// A pod of this node, as the API has it.
